@@ -1,0 +1,33 @@
+"""TRL's reward model (Bradley-Terry) on the workload: 8 pairs a step, fp32; a user's script with a probe."""
+
+import trl_common as common
+from probe import Probe
+
+args = common.arguments()
+probe = Probe(args.out)
+
+from datasets import load_dataset  # noqa: E402
+from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402
+from trl import RewardConfig, RewardTrainer  # noqa: E402
+
+probe.imported()
+common.count_tokens(probe)
+tokenizer = AutoTokenizer.from_pretrained(f"{args.workload}/reward")
+model = AutoModelForSequenceClassification.from_pretrained(f"{args.workload}/reward", num_labels=1)
+data = load_dataset("json", data_files=f"{args.workload}/pairs.jsonl", split=f"train[:{8 * args.steps}]")
+config = RewardConfig(
+    per_device_train_batch_size=8,
+    max_length=512,
+    learning_rate=1e-4,
+    max_steps=args.steps,
+    **common.plain(args),
+)
+trainer = RewardTrainer(
+    model=model,
+    args=config,
+    train_dataset=data,
+    processing_class=tokenizer,
+    callbacks=[common.steps_to(probe)],
+)
+trainer.train()
+probe.write(losses=common.losses(trainer))

@@ -1,0 +1,61 @@
+"""How many operations the work needs: the numerator of "share of the machine's peak". Pure arithmetic.
+
+Counted are the multiply-adds (two operations each) of weight matrices only, and only where a result is wanted:
+
+* the body for every real token, no padding; the vocabulary head for response tokens only;
+* a prompt shared by several responses once;
+* backward = two forwards. No recomputation, attention scores, norms or optimizer: needed work, not work done.
+
+The same number is set against every tool's time, so that a tool cannot raise its share by wasting operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama's matrix sizes."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+
+    @property
+    def body(self) -> int:
+        """Weights that every token passes through."""
+        return self.layers * (4 * self.hidden**2 + 3 * self.hidden * self.intermediate)
+
+    @property
+    def head(self) -> int:
+        """Weights of the projection to the vocabulary."""
+        return self.hidden * self.vocabulary
+
+
+def sft(shape: Shape, rows: Sequence[tuple[int, int]]) -> float:
+    """Operations of one training pass over rows of (prompt tokens, prompt + response tokens)."""
+    return sum(6.0 * (shape.body * total + shape.head * (total - prompt)) for prompt, total in rows)
+
+
+def reward(shape: Shape, pairs: Sequence[tuple[int, int, int]]) -> float:
+    """Operations of one training pass over (prompt, prompt + chosen, prompt + rejected) tokens; the head is one row."""
+    return sum(6.0 * shape.body * (chosen + rejected - prompt) for prompt, chosen, rejected in pairs)
+
+
+def ppo(shape: Shape, prompts: Sequence[int], response: int, epochs: int) -> float:
+    """Operations of one PPO iteration: sample (its log-probs serve as old log-probs), score, update.
+
+    Scoring is a forward of the reference, the reward model and the value model; the update trains policy and value
+    ``epochs`` times over every row.
+    """
+    total = 0.0
+    for prompt in prompts:
+        rows, head = shape.body * (prompt + response), shape.head * response
+        sampling = 2.0 * (rows + head)
+        scoring = 2.0 * (rows + head) + 2 * 2.0 * rows
+        update = epochs * 6.0 * (2 * rows + head)
+        total += sampling + scoring + update
+    return total

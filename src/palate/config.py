@@ -1,0 +1,347 @@
+"""The settings of a run: typed, checked, complete.
+
+What wins: an override (``training.learning_rate=1e-5``) over a flag (``--model M``) over the settings file
+(``--config file.yaml``) over the method's defaults. Unknown keys are refused with the nearest known one; values out of
+range are refused with the key, the place where it was written, what was found and what was expected. The resolved
+settings are written to the run's ``config.yaml``, which is itself a settings file.
+
+Short forms: ``method: reward`` for ``method.name``, ``data: file.jsonl`` for ``data.train``, ``lora: true`` for LoRA
+with its defaults, ``seed`` for ``training.seed``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError, field_validator
+
+from palate.errors import ConfigError
+from palate.generation.settings import SamplingSettings
+from palate.lookup import method_class
+from palate.method_docs import Setting, settings_of
+from palate.models.adapters import LoraSettings
+from palate.settings_tree import Layer, closest, flatten, merge, put, read_overrides, read_yaml
+from palate.training.settings import TrainingSettings
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the records are and how much of each is kept.
+
+    Attributes:
+        train: a file (.jsonl, .jsonl.gz, .json, .parquet, .csv), a folder, a hub name, or "-" for standard input.
+        validation: the same, or None: then ``validation_fraction`` of the prompts of ``train`` are held out.
+        pretraining: text for PPO's pre-training mix (``method.ptx_coef``), read like demonstrations; None = none.
+        validation_fraction: share of the prompts held out, in [0, 1); a prompt is never on both sides.
+        format: "auto" detects the public shapes; else one of trl, openai, sharegpt, alpaca, hh_rlhf, ultrafeedback.
+        split: of a hub data set.
+        limit: read at most so many records; None = all.
+        max_length: tokens of prompt and response together; None = what the model can hold, 1024 at most.
+        max_prompt_length: tokens of the prompt; None = whatever the response leaves free.
+        chat_template: None = the model's own, "none" = plain text, "default" = the documented default, else Jinja text
+            or the path of a file with it.
+        system: a system message put before every conversation; None = none.
+    """
+
+    train: str | None = None
+    validation: str | None = None
+    pretraining: str | None = None
+    validation_fraction: float = 0.05
+    format: str = "auto"
+    split: str = "train"
+    limit: int | None = None
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+    chat_template: str | None = None
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        fraction = self.validation_fraction
+        if not 0 <= fraction < 1:
+            raise ConfigError(f"data.validation_fraction: found {fraction!r}, expected a share in [0, 1).")
+        for name in ("limit", "max_length", "max_prompt_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"data.{name}: found {value!r}, expected a whole number above 0, or null.")
+
+
+@dataclass(frozen=True)
+class MethodChoice:
+    """A method's name and its settings, the frozen dataclass ``METHOD`` of its module."""
+
+    name: str
+    settings: Any
+
+
+class RunConfig(BaseModel):
+    """All settings of one stage of training, validated; made by ``load_config``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    method: MethodChoice
+    model: str | dict[str, Any] = Field(
+        description="what is trained: a folder or hub name (policy; of a reward method, the backbone), or the shape of a "
+        "new one: {architecture: llama, hidden_size: 64, ...}"
+    )
+    tokenizer: str | None = Field(None, description="a folder or hub name; null = the model's own")
+    reference: str | None = Field(
+        None,
+        description="frozen reference; null = the model as it is before training (with LoRA: adapter off). For a reward "
+        "method: whose samples its scores are normalised on; null = on the responses of the records",
+    )
+    reward: str | dict[str, Any] | list[Any] | None = Field(
+        None, description="a reward model's folder, a classifier, a function module:name, or a weighted sum of several"
+    )
+    value: str | None = Field(
+        None, description="what the value model starts from; null = the reward model's folder, else the model"
+    )
+    lora: LoraSettings | None = Field(None, description="train an adapter instead of all weights; true = its defaults")
+    dtype: Literal["float32", "bfloat16", "mixed"] = Field(
+        "float32", description="of weights and products; mixed = float32 weights, bfloat16 products; heads are float32"
+    )
+    device: str = Field("auto", description='"cpu", "cuda", "cuda:1"; "auto" = cuda where there is one')
+    data: DataSettings = Field(default_factory=DataSettings)
+    sampling: SamplingSettings = Field(default_factory=SamplingSettings)
+    samples_per_prompt: int = Field(1, ge=1, description="responses drawn for each prompt")
+    training: TrainingSettings = Field(default_factory=TrainingSettings)
+    trackers: list[str] = Field(default_factory=list, description="tensorboard, wandb, trackio; metrics.jsonl is always written")
+    out: Path = Field(description="the run's folder")
+    name: str = Field("", description='of the run; "" = the last part of out')
+
+    _layer: Layer = PrivateAttr(default_factory=Layer)
+    _filled: tuple[str, ...] = PrivateAttr(())
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _short_dtype(cls, value: Any) -> Any:
+        return {"fp32": "float32", "bf16": "bfloat16"}.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _one_tracker(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @property
+    def run_name(self) -> str:
+        return self.name or self.out.name
+
+    def place_of(self, key: str) -> str:
+        """Where a dotted key was written; "" when it is a default."""
+        return self._layer.place_of(key)
+
+    def is_default(self, key: str) -> bool:
+        """Whether nobody set this key."""
+        return key not in self._layer.places
+
+    @property
+    def filled(self) -> dict[str, str]:
+        """Keys that were filled in after reading -> why with this value."""
+        return {key: self.place_of(key) for key in self._filled}
+
+    def fill(self, key: str, value: Any, reason: str) -> RunConfig:
+        """A copy with one dotted key set that nobody had set, checked like any other."""
+        above = Layer()
+        put(above, key, value, reason)
+        copy = config_from(merge([self._layer, above]))
+        copy._filled = (*self._filled, key)
+        return copy
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings, defaults included, as plain values that YAML can hold."""
+        values: dict[str, Any] = {"method": {"name": self.method.name} | dataclasses.asdict(self.method.settings)}
+        for key in type(self).model_fields:
+            if key != "method":
+                value = getattr(self, key)
+                values[key] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        return typing.cast("dict[str, Any]", _plain(values))
+
+    def to_yaml(self) -> str:
+        """``config.yaml``: every setting; what palate filled in stands at the top with its reason."""
+        filled = "".join(f"# {key}: {reason}\n" for key, reason in self.filled.items())
+        return filled + yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+
+def load_config(
+    method: str | None = None,
+    *,
+    file: str | Path | None = None,
+    flags: Mapping[str, Any] | None = None,
+    overrides: Sequence[str] = (),
+    flag_name: str = "--{}",
+) -> RunConfig:
+    """The settings of a run from all their places.
+
+    Args:
+        method: the method's name; None = from the file.
+        file: a YAML settings file.
+        flags: dotted key -> value; None values are flags that were not given.
+        overrides: ``section.key=value`` texts.
+        flag_name: how a message names a flag.
+    Raises:
+        ConfigError: with one line for each thing that is wrong.
+    """
+    given = Layer()
+    if method is not None:
+        put(given, "method.name", method, "the command's METHOD")
+    for key, value in (flags or {}).items():
+        if value is not None:
+            put(given, key, value, flag_name.format(key.rpartition(".")[2].replace("_", "-")))
+    layers = [read_yaml(file)] if file is not None else []
+    layers += [given, *(read_overrides([text]) for text in overrides)]
+    return config_from(merge([_long_forms(layer) for layer in layers]))
+
+
+def config_from(layer: Layer) -> RunConfig:
+    """Check merged settings.
+
+    Raises:
+        ConfigError: unknown method, unknown key, wrong type, out of range, or a required setting missing.
+    """
+    values = dict(layer.values)
+    section = dict(values.get("method") or {})
+    name = section.pop("name", None)
+    if not isinstance(name, str):
+        raise ConfigError('no method is named. Write: palate train METHOD, or "method: METHOD" in the settings file.')
+    cls = method_class(name)
+    problems = _unknown_keys(layer, known_keys(cls))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    settings = _method_settings(cls, section, layer, problems)
+    values["method"] = MethodChoice(name, settings)
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems += _messages(error, "", layer)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    config._layer = layer
+    return config
+
+
+def _method_settings(cls: Any, section: Mapping[str, Any], layer: Layer, problems: list[str]) -> Any:
+    try:
+        return TypeAdapter(cls).validate_python(section)
+    except ValidationError as error:
+        problems += _messages(error, "method.", layer)
+    return None
+
+
+def known_keys(method: Any) -> dict[str, bool]:
+    """Every dotted key that a run with this method understands -> whether keys of one's own may follow below it."""
+    known = {"method.name": False} | {f"method.{f.name}": _is_open(f.type) for f in dataclasses.fields(method) if f.init}
+    for key, info in RunConfig.model_fields.items():
+        section = _dataclass_in(info.annotation)
+        if section is MethodChoice:
+            continue
+        known[key] = section is None and _is_open(info.annotation)
+        if section is not None:
+            known |= {f"{key}.{f.name}": _is_open(f.type) for f in dataclasses.fields(section) if f.init}
+    return known
+
+
+def shared_settings() -> dict[str, list[Setting]]:
+    """The settings that every method's run has, by section; "" holds those at the top."""
+    found: dict[str, list[Setting]] = {"": []}
+    for key, info in RunConfig.model_fields.items():
+        section = _dataclass_in(info.annotation)
+        if section is not None and section is not MethodChoice:
+            found[key] = settings_of(section)
+        elif section is None:
+            default = dataclasses.MISSING if info.is_required() else info.get_default(call_default_factory=True)
+            found[""].append(Setting(key, inspect.formatannotation(info.annotation), default, info.description or ""))
+    return found
+
+
+def _is_open(annotation: Any) -> bool:
+    return "dict" in str(annotation).lower() or "mapping" in str(annotation).lower()
+
+
+def _dataclass_in(annotation: Any) -> type | None:
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    return next((a for a in options if isinstance(a, type) and dataclasses.is_dataclass(a)), None)
+
+
+def _unknown_keys(layer: Layer, known: Mapping[str, bool]) -> list[str]:
+    sections = {key.partition(".")[0] for key in known if "." in key}
+    problems = []
+    for key, value in flatten(layer.values).items():
+        parts = key.split(".")
+        if key in known or any(known.get(".".join(parts[:n])) for n in range(1, len(parts))):
+            continue
+        place = _at(layer, key)
+        if key in sections:
+            if value not in (None, {}):
+                problems.append(f"{place}{key}: found {value!r}, expected a section with keys below it.")
+            continue
+        near = closest(key, known)
+        hint = f' Did you mean "{near}"?' if near else ""
+        section = parts[0] if parts[0] in sections else None
+        siblings = [k.partition(".")[2] for k in known if section and k.startswith(f"{section}.")]
+        listing = f' Known in "{section}": {", ".join(siblings)}.' if section and not near else ""
+        if not section and not near:
+            listing = f" Known: {', '.join(dict.fromkeys(k.partition('.')[0] for k in known))}."
+        problems.append(f'{place}unknown setting "{key}".{hint}{listing}')
+    return problems
+
+
+def _messages(error: ValidationError, prefix: str, layer: Layer) -> list[str]:
+    """pydantic's findings in the house's words, one line each; of a union's branches only the first."""
+    lines: dict[str, str] = {}
+    for found in error.errors():
+        parts = [str(part) for part in found["loc"]]
+        key = prefix + ".".join(p for p in parts if p.isidentifier() and p not in ("str", "dict", "list"))
+        key = key.rstrip(".")
+        problem = found["msg"]
+        inner = found.get("ctx", {}).get("error")
+        if inner is not None:  # raised by the settings themselves, in the house's words
+            section = key.partition(".")[0]
+            text = str(inner) if str(inner).startswith(section) else f"{key}: {inner}"
+            named = (f"{section}.{word}" for word in re.findall(r"\w+", text))
+            lines.setdefault(key + text, _at(layer, next((k for k in named if k in layer.places), key)) + text)
+        elif found["type"] == "missing":
+            lines.setdefault(key, _missing(key))
+        else:
+            problem = problem[0].lower() + problem[1:]
+            lines.setdefault(key, f"{_at(layer, key)}{key}: found {found['input']!r}; {problem}.")
+    return list(lines.values())
+
+
+def _missing(key: str) -> str:
+    return f'no {key} given. Give --{key}, or "{key}:" in the settings file.' if "." not in key else f"{key}: must be given."
+
+
+def _at(layer: Layer, key: str) -> str:
+    place = layer.place_of(key)
+    return f"{place}: " if place else ""
+
+
+def _long_forms(layer: Layer) -> Layer:
+    """The short forms, spelled out."""
+    values, places = dict(layer.values), dict(layer.places)
+    for short, long in (("method", "method.name"), ("data", "data.train"), ("seed", "training.seed")):
+        if short in values and not isinstance(values[short], Mapping):
+            value, place = values.pop(short), places.pop(short, "")
+            section = long.partition(".")[0]
+            if section in values:
+                values[section] = dict(values[section] or {})
+            put(Layer(values, places), long, value, place)
+    if isinstance(values.get("lora"), bool):
+        values["lora"] = {} if values["lora"] else None
+    return Layer(values, places)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

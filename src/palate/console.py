@@ -1,0 +1,110 @@
+"""What the commands print for people: tables, explanations, coloured tokens, a progress line. Nothing is computed here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from palate.method_docs import Explanation, Setting
+    from palate.texts import Checked
+
+
+def print_explanation(found: Explanation, shared: Mapping[str, Sequence[Setting]] | None = None) -> None:
+    """The method's own words, then its settings; then the settings that every run has, where asked for."""
+    out = Console(highlight=False)
+    out.print(found.title, style="bold", markup=False)
+    out.print(found.text.partition("\n")[2], markup=False, soft_wrap=True)
+    out.print()
+    out.print(_roles(found))
+    if found.settings:
+        out.print(_settings_table(found.settings, "method."))
+    else:
+        out.print("No settings of its own.")
+    for section, settings in (shared or {}).items():
+        out.print(_settings_table(settings, f"{section}." if section else ""))
+    if not shared:
+        out.print(f"Settings of the run (training., data., sampling., lora.): palate explain {escape(found.name)} --all")
+
+
+def _roles(found: Explanation) -> Table:
+    table = Table(title="Roles and data", title_justify="left")
+    for column in ("needs", "trains", "reads"):
+        table.add_column(column)
+    table.add_row(", ".join(found.needs), ", ".join(found.trains), found.reads)
+    return table
+
+
+def _settings_table(settings: Sequence[Setting], prefix: str) -> Table:
+    table = Table(show_lines=False)
+    table.add_column("setting", no_wrap=True, style="cyan")
+    table.add_column("default", overflow="fold")
+    table.add_column("type", overflow="fold", style="dim")
+    table.add_column("meaning", overflow="fold")
+    for setting in settings:
+        cells = (prefix + setting.name, setting.default_text, setting.type, setting.text)
+        table.add_row(*(Text(cell) for cell in cells))
+    return table
+
+
+def print_methods(found: Sequence[Explanation]) -> None:
+    table = Table()
+    for column in ("method", "paper", "needs", "trains", "reads"):
+        table.add_column(column, overflow="fold")
+    for each in found:
+        cells = (each.name, each.title, ", ".join(each.needs), ", ".join(each.trains), each.reads)
+        table.add_row(*(Text(cell) for cell in cells))
+    out = Console(highlight=False)
+    out.print(table)
+    out.print("More: palate explain METHOD")
+
+
+def print_check(found: Checked) -> None:
+    """Tokens: green = trained, dim = seen and masked. A space is shown as it is, a line break as its sign."""
+    out = Console(highlight=False)
+    if found.report:
+        out.print(found.report, markup=False)
+    for row in found.rows:
+        out.print(f"\n{row.source}: {sum(row.trained)} of {len(row.trained)} tokens are trained", style="bold", markup=False)
+        line = Text()
+        for token, trained in zip(row.tokens, row.trained, strict=True):
+            line.append(token.replace("\n", "⏎\n"), style="black on green" if trained else "dim")
+            line.append("|" if not token.endswith("\n") else "", style="dim")
+        out.print(line, soft_wrap=True)
+    if found.rows:
+        out.print(Text.assemble("\n", ("trained", "black on green"), "  ", ("masked: seen, not trained", "dim")))
+    for finding in found.findings:
+        out.print(f"found: {finding}", style="yellow", markup=False)
+    if not found.findings:
+        out.print("The chat template and the stop token are in order.", style="green")
+
+
+def progress_line(what: str) -> Callable[[int, int], None]:
+    """``progress(done, total)`` that keeps one line on standard error: share, rate, time left."""
+    started = time.monotonic()
+    console = Console(stderr=True)
+
+    def progress(done: int, total: int) -> None:
+        seconds = time.monotonic() - started
+        rate = done / seconds if seconds else 0.0
+        left = f"{(total - done) / rate:.0f} s left" if rate else ""
+        end = "\n" if done >= total else "\r"
+        console.print(f"{what} {done}/{total}  {rate:.1f}/s  {left}   ", end=end, highlight=False)
+
+    return progress
+
+
+def dictionary_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
+    """A table with one column for each key of the first row; numbers to the right."""
+    table = Table(title=title, title_justify="left")
+    for key, value in rows[0].items() if rows else ():
+        table.add_column(key, justify="right" if isinstance(value, (int, float)) else "left")
+    for row in rows:
+        table.add_row(*(Text(str(value)) for value in row.values()))
+    return table

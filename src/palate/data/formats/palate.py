@@ -1,0 +1,56 @@
+"""Palate's own shape, which every other is converted to; one field, one meaning.
+
+    {"prompt": text or messages, "response": text, "every_turn"?: bool}
+    {"prompt", "chosen": text, "rejected": text, "margin"?: number, "probability"?: number, "annotator"?: text}
+    {"prompt", "responses": [text, ...], "ranks": [1 = best, ...], "annotator"?: text}
+    {"prompt", "response", "desirable": bool, "annotator"?: text}
+    {"prompt", anything else}
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from palate.data.formats import fields
+from palate.data.kinds import Comparison, Demonstration, Judgement, Prompt, Ranking, Record
+
+
+def detect(record: dict[str, Any]) -> bool:
+    return "prompt" in record
+
+
+def convert(record: dict[str, Any], kind: str, source: str) -> list[Record]:
+    prompt = fields.prompt(fields.required(record, "prompt", source), source)
+    if kind == "prompts":
+        return [Prompt(prompt, fields.others(record, "prompt"), source)]
+    if kind == "demonstrations":
+        response = fields.required(record, "response", source)
+        return [Demonstration(prompt, response, source=source, **fields.options(record, "every_turn"))]
+    if kind == "rankings" or (kind == "comparisons" and "responses" in record):
+        responses = fields.required(record, "responses", source)
+        ranks = fields.required(record, "ranks", source)
+        return [Ranking(prompt, responses, ranks, source=source, **fields.options(record, "annotator"))]
+    if kind == "comparisons":
+        chosen, rejected = (fields.required(record, name, source) for name in ("chosen", "rejected"))
+        further = fields.options(record, "margin", "probability", "annotator")
+        return [Comparison(prompt, chosen, rejected, source=source, **further)]
+    response, desirable = (fields.required(record, name, source) for name in ("response", "desirable"))
+    return [Judgement(prompt, response, desirable, source=source, **fields.options(record, "annotator"))]
+
+
+def to_json(record: Record) -> dict[str, Any]:
+    """The JSON object that ``convert`` reads back as the same record."""
+    prompt = record.prompt if isinstance(record.prompt, str) else list(record.prompt)
+    if isinstance(record, Prompt):
+        return {"prompt": prompt, **record.fields}
+    if isinstance(record, Demonstration):
+        every_turn = {"every_turn": True} if record.every_turn else {}
+        return {"prompt": prompt, "response": record.response, **every_turn}
+    annotator = {} if record.annotator is None else {"annotator": record.annotator}
+    if isinstance(record, Ranking):
+        return {"prompt": prompt, "responses": list(record.responses), "ranks": list(record.ranks), **annotator}
+    if isinstance(record, Judgement):
+        return {"prompt": prompt, "response": record.response, "desirable": record.desirable, **annotator}
+    numbers = {"margin": record.margin, "probability": record.probability}
+    given = {name: value for name, value in numbers.items() if value is not None}
+    return {"prompt": prompt, "chosen": record.chosen, "rejected": record.rejected, **given, **annotator}

@@ -1,0 +1,1 @@
+"""Pure tensor mathematics; imports torch and ``palate.types`` only."""

@@ -1,0 +1,40 @@
+"""How far one policy is from another, in nats.
+
+With y_t drawn from pi and d_t = log pi(y_t) - log pi_ref(y_t), three estimators of KL(pi || pi_ref) -- Schulman,
+"Approximating KL divergence", 2020:
+
+    k1 = d                  unbiased, signed                 k3 = exp(-d) - 1 + d     unbiased, never negative
+    k2 = d^2 / 2            biased, low variance
+
+Their values agree on average; their *gradients* do not. As a term of a loss, k1 has no expected gradient at all, and k3
+per token has that of the forward KL at each state (METHODS of the papers in ``docs/kl.md``). Palate therefore charges k1
+in the reward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """log pi - log ref, elementwise; nats. Sum over a response for the sequence's estimate."""
+    return logprobs - reference_logprobs
+
+
+def k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """Half the squared log-ratio, elementwise; nats."""
+    return 0.5 * (logprobs - reference_logprobs).square()
+
+
+def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
+    """exp(-d) - 1 + d, elementwise; nats, >= 0. By ``expm1``, so that tiny d keep their digits."""
+    d = logprobs - reference_logprobs
+    return torch.expm1(-d) + d
+
+
+def exact_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
+    """KL(softmax(logits) || softmax(reference_logits)) over the last axis; nats, >= 0. [..., V] -> [...]"""
+    logp, logq = logits.float().log_softmax(-1), reference_logits.float().log_softmax(-1)
+    p = logp.exp()
+    return torch.where(p > 0, p * (logp - logq), 0).sum(-1)

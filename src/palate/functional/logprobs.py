@@ -1,0 +1,135 @@
+"""Log-probabilities and entropy from hidden states, without ever holding [N, T, V].
+
+The projection to the vocabulary is the largest tensor of a training step. Here it is made for a few hundred tokens at a
+time, used, and forgotten; the backward pass makes it again. What is kept for the backward is one number a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 21  # logits alive at once: 8 MB in float32, so that they stay near the processor's cache
+
+
+def logprobs_and_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    with_entropy: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """log softmax(hidden W^T / temperature) at ``targets``, and the entropy of the whole distribution.
+
+    Args:
+        hidden: [M, H], the state *before* each target token.
+        weight: [V, H], the language model's head; bias [V] or None.
+        targets: int64 [M].
+        temperature: of the sampling distribution, > 0.
+        softcap: logits become softcap * tanh(logits / softcap) before the temperature (Gemma 2), or None.
+        with_entropy: False saves a pass and gives zeros.
+
+    Returns:
+        log-probabilities [M] and entropies [M], nats, float32 (float64 for float64 input), differentiable in hidden,
+        weight and bias; matrix products in hidden's type, all else and the sums of gradients in float32.
+    """
+    return _HeadLogprobs.apply(hidden, weight, bias, targets, temperature, softcap, with_entropy)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> Tensor:
+    """Float logits of one chunk [m, V], at the sampling temperature."""
+    logits = hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+class _HeadLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        softcap: float | None,
+        with_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        weight_, bias_ = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        logprobs, entropies, normalisers = [], [], []
+        for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            logits = _logits(h, weight_, bias_, temperature, softcap)
+            picked = logits.gather(-1, y[:, None]).squeeze(-1)
+            if with_entropy:
+                top = logits.amax(-1, keepdim=True)
+                logits.sub_(top)
+                p = logits.exp()
+                total = p.sum(-1)
+                normaliser = total.log() + top.squeeze(-1)
+                entropies.append(total.log() - p.mul_(logits).sum(-1) / total)
+            else:
+                normaliser = logits.logsumexp(-1)
+                entropies.append(torch.zeros_like(normaliser))
+            logprobs.append(picked - normaliser)
+            normalisers.append(normaliser)
+        empty = hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        entropy = torch.cat([empty, *entropies])
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat([empty, *normalisers]), entropy)
+        ctx.settings = (temperature, softcap, with_entropy, chunk)
+        return torch.cat([empty, *logprobs]), entropy
+
+    @staticmethod
+    def backward(ctx: Any, logprob_grad: Tensor, entropy_grad: Tensor) -> tuple[Tensor | None, ...]:
+        """d logp/d logit = onehot - p;   d H/d logit = -p (log p + H);   the chain through tanh and temperature."""
+        hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors
+        temperature, softcap, with_entropy, chunk = ctx.settings
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        weight_, bias_ = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        use_entropy = with_entropy and bool(entropy_grad.any())
+        hidden_grad = torch.empty_like(hidden) if wants_hidden else None
+        float_type = torch.promote_types(weight.dtype, torch.float32)
+        weight_grad = torch.zeros(weight.shape, dtype=float_type, device=weight.device) if wants_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=float_type) if wants_bias and bias is not None else None
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            logits = _logits(hidden[rows], weight_, bias_, temperature, softcap)
+            slope = None if softcap is None else 1 - (logits * (temperature / softcap)).square_()
+            logits.sub_(normalisers[rows, None])  # now log p
+            p = logits.exp()
+            if use_entropy:
+                grad = (logits.add_(entropies[rows, None])).mul_(-entropy_grad[rows, None]).sub_(logprob_grad[rows, None])
+                grad.mul_(p)
+            else:
+                grad = p.mul_(-logprob_grad[rows, None])
+            grad.scatter_add_(-1, targets[rows, None], logprob_grad[rows, None].to(grad.dtype))
+            if temperature != 1.0:
+                grad.div_(temperature)
+            if slope is not None:
+                grad.mul_(slope)
+            if bias_grad is not None:
+                bias_grad += grad.sum(0)
+            low = grad.to(hidden.dtype)
+            if hidden_grad is not None:
+                torch.mm(low, weight_, out=hidden_grad[rows])
+            if weight_grad is not None:
+                if low.dtype == weight_grad.dtype:
+                    weight_grad.addmm_(low.T, hidden[rows])
+                else:
+                    weight_grad += low.T @ hidden[rows]
+        return (
+            hidden_grad,
+            None if weight_grad is None else weight_grad.to(weight.dtype),
+            None if bias_grad is None else bias_grad.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )

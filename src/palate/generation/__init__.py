@@ -1,0 +1,1 @@
+"""Sampling responses: ``sampler.sample`` is the embedded default."""

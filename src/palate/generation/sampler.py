@@ -1,0 +1,178 @@
+"""The embedded sampler: responses of a Hugging Face causal language model, with the log-probs they were drawn at.
+
+Each prompt is read once for all its samples; prompts of like length are read together; rows that have stopped leave the
+batch; keys and values are written in place (``cache.py``). Token ids go in and token ids come out: nothing is decoded
+and tokenised again.
+
+What holds for random numbers (``uniform.py``): the same generator state, prompts and weights give the same samples, and
+the generator moves on by one draw however much is sampled. A sample does not depend on the other rows, on
+``max_batch_rows`` or on ``samples_per_prompt`` -- except that matrix products of another shape round otherwise: in
+rare cases (about one token in a million in fp32, one in a few hundred in bf16) a draw falls between the two results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from palate.errors import ModelError
+from palate.generation.checks import check_request, check_room, context_length, name_prompt
+from palate.generation.decode import Drawn, decode
+from palate.generation.settings import SamplingSettings
+from palate.generation.uniform import uniforms
+from palate.types import Tokens
+
+__all__ = ["SamplingSettings", "sample"]
+
+
+def sample(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    settings: SamplingSettings,
+    *,
+    samples_per_prompt: int = 1,
+    stop_token_ids: Sequence[int],
+    generator: torch.Generator,
+    max_batch_rows: int = 64,
+    records: Sequence[Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tokens:
+    """Sample ``samples_per_prompt`` responses to each of P prompts.
+
+    The model is used as it is (fp32 or bf16, CPU or CUDA, with or without adapters), in eval mode, and left as it was.
+    The cache takes 2 x layers x key-value heads x head size x bytes a number for each row and each token of the batch's
+    longest prompt and ``max_new_tokens``.
+
+    Args:
+        model: a causal language model of transformers, or a ``PeftModel`` of one. Layers that keep a recurrent state
+            instead of keys and values (Mamba, linear attention) are refused.
+        prompts: token ids, each at least one.
+        settings: temperature, top-p, top-k, and how long.
+        samples_per_prompt: K >= 1; N = P K rows come back.
+        stop_token_ids: tokens that end a response, several allowed; none = every response is ``max_new_tokens`` long.
+        generator: where the seed is drawn from; one draw a call, none when ``settings.temperature`` is 0.
+        max_batch_rows: rows sampled at once, >= 1; more is faster and takes more memory. K above it is cut in parts,
+            each of which reads the prompt again.
+        records: one fact for each prompt, handed on in ``extras["records"]``; its ``source``, if any, is named in
+            errors.
+        progress: called with (rows done, N) whenever rows end.
+
+    Returns:
+        Rows ordered by prompt, then sample, right-padded with id 0, on the model's device; ``group`` is the prompt's
+        number. ``response_mask`` is True for drawn tokens, the stop token included. ``extras``: ``finished`` bool [N],
+        the row ended with a stop token (False: it was cut at ``max_new_tokens`` or at the end of the model's context);
+        ``sampler_logprobs`` float32 [N, T], log-softmax(logits / temperature) in nats before top-p, top-k and
+        ``min_new_tokens`` (temperature 0: of the logits as they are), 0 outside the response; ``records``, if given.
+
+    Raises:
+        ConfigError: K, ``max_batch_rows`` or a stop token is out of range, or ``records`` is not one for each prompt.
+        DataError: a prompt is empty, holds an id outside the vocabulary, or leaves no room in the model's context.
+        ModelError: the model has layers that the cache cannot serve, or its logits are NaN.
+
+    Source: DESIGN.md, section 2 (generation); sampling temperature and nucleus as in arXiv:1904.09751.
+    """
+    context = context_length(model)
+    check_request(model, prompts, samples_per_prompt, stop_token_ids, max_batch_rows, records)
+    check_room(prompts, context, records)
+    device, rows = next(model.parameters()).device, len(prompts) * samples_per_prompt
+    seed = _seed(generator) if settings.temperature else 0
+    stop = torch.tensor(sorted(set(stop_token_ids)), dtype=torch.long, device=device)
+    whole, ended = Drawn.empty(rows, settings.max_new_tokens), 0
+
+    def count(more: int) -> None:
+        nonlocal ended
+        ended += more
+        if progress is not None:
+            progress(ended, rows)
+
+    # no_grad, not inference_mode: whatever a model keeps of a forward must stay usable in training.
+    with torch.no_grad(), _eval_mode(model):
+        for batch in _batches(prompts, samples_per_prompt, max_batch_rows):
+            prompt = torch.tensor(batch.prompts, device=device).repeat_interleave(len(batch.samples))
+            number = torch.tensor(batch.samples, device=device).repeat(len(batch.prompts))
+            room = torch.tensor([context - len(prompts[p]) for p in batch.prompts], device=device)
+            limit = room.clamp(max=settings.max_new_tokens).repeat_interleave(len(batch.samples))
+            drawn = decode(
+                model,
+                [prompts[p] for p in batch.prompts],
+                settings,
+                copies=len(batch.samples),
+                uniform=uniforms(seed, prompt, number, int(limit.max())),
+                stop=stop,
+                limit=limit,
+                ended=count,
+            )
+            whole.put(prompt * samples_per_prompt + number, drawn)
+    return _tokens(prompts, samples_per_prompt, whole, device, records)
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
+
+
+class _Batch(NamedTuple):
+    prompts: list[int]  # numbers, the shortest prompt first
+    samples: list[int]  # numbers of the samples of each
+
+
+def _batches(prompts: Sequence[Sequence[int]], copies: int, max_rows: int) -> Iterator[_Batch]:
+    """Every (prompt, sample) once: prompts of like length together, a prompt's samples together if they fit."""
+    by_length = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
+    for first in range(0, copies, max_rows):
+        samples = list(range(first, min(first + max_rows, copies)))
+        at_once = max_rows // len(samples)
+        for start in range(0, len(prompts), at_once):
+            yield _Batch(by_length[start : start + at_once], samples)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; afterwards exactly those modules train that did before."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _tokens(
+    prompts: Sequence[Sequence[int]],
+    copies: int,
+    drawn: Drawn,
+    device: torch.device,
+    records: Sequence[Any] | None,
+) -> Tokens:
+    """Prompts and responses as right-padded rows; refuses responses drawn from NaN."""
+    drawn_mask = torch.arange(drawn.ids.shape[1]) < drawn.length[:, None]
+    broken = (drawn.logprobs.isnan() & drawn_mask).any(-1).nonzero()[:, 0].tolist()
+    if broken:
+        raise ModelError(
+            f"the model's logits are NaN for {len(broken)} of {len(drawn.ids)} samples, first for "
+            f"{name_prompt(broken[0] // copies, records)}. Its weights are NaN or infinite, or overflow in its dtype: "
+            "load an earlier checkpoint, or use float32 or bfloat16."
+        )
+    before = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long).repeat_interleave(copies)[:, None]
+    after = before + drawn.length[:, None]
+    column = torch.arange(int(after.max()) if len(after) else 0)
+    attention_mask, response_mask = column < after, (column >= before) & (column < after)
+    ids = torch.zeros(attention_mask.shape, dtype=torch.long)
+    ids[column < before] = torch.tensor([t for prompt in prompts for _ in range(copies) for t in prompt])
+    ids[response_mask] = drawn.ids[drawn_mask]
+    logprobs = torch.zeros(ids.shape)
+    logprobs[response_mask] = drawn.logprobs[drawn_mask]
+    extras: dict[str, Any] = {"finished": drawn.finished.to(device), "sampler_logprobs": logprobs.to(device)}
+    if records is not None:
+        extras["records"] = [record for record in records for _ in range(copies)]
+    return Tokens(
+        ids.to(device),
+        attention_mask.to(device),
+        response_mask.to(device),
+        torch.arange(len(prompts), device=device).repeat_interleave(copies),
+        extras,
+    )

@@ -1,0 +1,264 @@
+"""One self-contained HTML page: no script, no font and no picture from anywhere else; light or dark as the reader likes.
+
+``Page`` is what the page says; ``render`` how it looks; ``report_run`` makes one of a run's folder.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from palate.errors import RunError
+from palate.report.metrics import metric_charts, read_metrics
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One large figure: what it is, its value, and a line below (an interval, what to compare it with)."""
+
+    label: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text. Columns named in ``numbers`` stand to the right."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    numbers: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt answered twice, with a score of each or None. Higher is better."""
+
+    prompt: str
+    before: str
+    after: str
+    before_score: float | None = None
+    after_score: float | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: charts (figures of ``report.charts``), further ones folded away, a table, settings folded away."""
+
+    title: str
+    text: str = ""
+    charts: Sequence[str] = ()
+    more_charts: Sequence[str] = ()
+    table: Table | None = None
+    settings: str = ""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What the page says, from top to bottom."""
+
+    title: str
+    lead: str
+    headlines: Sequence[Headline] = ()
+    table: Table | None = None
+    samples: Sequence[Sample] = ()
+    before: str = "Before"
+    after: str = "After"
+    samples_text: str = ""
+    sections: Sequence[Section] = ()
+    alarms: Sequence[str] = field(default=())
+    footer: str = ""
+
+
+def write_page(page: Page, where: str | Path) -> Path:
+    """Write the page whole or not at all: to a temporary file, then renamed. An older page of the run is replaced.
+
+    Raises:
+        RunError: the file cannot be written.
+    """
+    where = Path(where)
+    temporary = where.with_name(where.name + ".tmp")
+    try:
+        where.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(render(page), encoding="utf-8")
+        os.replace(temporary, where)
+    except OSError as error:
+        raise RunError(f"{where}: the report cannot be written ({error.strerror}).") from error
+    return where
+
+
+def render(page: Page) -> str:
+    """The page as HTML."""
+    style = resources.files("palate.report").joinpath("page.css").read_text(encoding="utf-8")
+    parts = [
+        '<p class="brand">palate</p>',
+        f"<h1>{_text(page.title)}</h1>",
+        f'<p class="lead">{_text(page.lead)}</p>',
+        _headlines(page.headlines),
+        _alarms(page.alarms),
+        _table(page.table),
+        _samples(page),
+        *(_section(section) for section in page.sections),
+        f"<footer>{_text(page.footer)}</footer>" if page.footer else "",
+    ]
+    body = "\n".join(part for part in parts if part)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{_text(page.title)} · palate</title>\n<style>\n{style}</style>\n</head>\n"
+        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    )
+
+
+def report_run(folder: str | Path, *, samples: int = 6) -> Path:
+    """Write ``report.html`` into a run's folder from its metrics, samples, alarms and settings; returns its path.
+
+    Raises:
+        RunError: the folder holds no metrics.
+    """
+    folder = Path(folder)
+    lines = read_metrics(folder / "metrics.jsonl")
+    if not lines:
+        raise RunError(f"{folder / 'metrics.jsonl'}: no metrics to report. Expected the folder of a training run.")
+    config = folder / "config.yaml"
+    settings = config.read_text(encoding="utf-8") if config.exists() else ""
+    charts, more = metric_charts(lines)
+    last = max(line.get("step", 0) for line in lines)
+    page = Page(
+        title=folder.resolve().name,
+        lead=f"{last} steps, {len(lines)} measurements.",
+        headlines=_last_figures(lines),
+        samples=before_and_after(read_metrics(folder / "samples.jsonl"), samples),
+        before="First samples",
+        after="Last samples",
+        sections=[Section("Curves", charts=charts, more_charts=more, settings=settings)],
+        alarms=[_alarm(alarm) for alarm in read_metrics(folder / "alarms.jsonl")],
+    )
+    return write_page(page, folder / "report.html")
+
+
+def before_and_after(lines: Sequence[dict[str, Any]], n: int) -> list[Sample]:
+    """The first and the last response to each of up to ``n`` prompts of a samples.jsonl; none if there was one only."""
+    first: dict[str, dict[str, Any]] = {}
+    last: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        key = _prompt_text(line.get("prompt", ""))
+        first.setdefault(key, line)
+        if line["step"] != last.get(key, {}).get("step"):
+            last[key] = line
+    twice = [key for key in first if last[key]["step"] != first[key]["step"]]
+    return [
+        Sample(key, first[key]["response"], last[key]["response"], first[key].get("score"), last[key].get("score"))
+        for key in twice[:n]
+    ]
+
+
+_LAST = {
+    "loss": ("Loss", "nats"),
+    "reward/accuracy": ("Accuracy on pairs", ""),
+    "score": ("Score", "reward units"),
+    "kl/reference": ("KL to the reference", "nats a sequence"),
+    "length/response": ("Length", "tokens a response"),
+}
+
+
+def _last_figures(lines: Sequence[dict[str, Any]]) -> list[Headline]:
+    """Last held-out value of each metric that matters; the training one where nothing was held out."""
+    found = []
+    for metric, (label, unit) in _LAST.items():
+        for split, note in (("validation", "held out"), ("train", "train")):
+            values = [line[metric] for line in lines if line.get("split", "train") == split and metric in line]
+            if values:
+                found.append(Headline(label, f"{values[-1]:.3g}", ", ".join(part for part in (unit, note) if part)))
+                break
+    return found
+
+
+def _prompt_text(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _alarm(alarm: dict[str, Any]) -> str:
+    return " · ".join(str(value) for value in alarm.values())
+
+
+def signed(value: float) -> str:
+    """Two digits and a real minus sign: ``+1.20``, ``−0.35``."""
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _text(value: str) -> str:
+    return html.escape(value, quote=False)
+
+
+def _headlines(headlines: Sequence[Headline]) -> str:
+    if not headlines:
+        return ""
+    tiles = (
+        f"<div><dt>{_text(h.label)}</dt><dd>{_text(h.value)}<small>{_text(h.note)}</small></dd></div>"
+        for h in headlines
+    )
+    return f'<dl class="headlines">{"".join(tiles)}</dl>'
+
+
+def _alarms(alarms: Sequence[str]) -> str:
+    if not alarms:
+        return ""
+    return f'<h2>Alarms</h2><ul class="alarms">{"".join(f"<li>{_text(a)}</li>" for a in alarms)}</ul>'
+
+
+def _table(table: Table | None) -> str:
+    if table is None:
+        return ""
+    kinds = ["number" if column in table.numbers else "" for column in table.columns]
+    head = "".join(f'<th class="{k}">{_text(c)}</th>' for c, k in zip(table.columns, kinds, strict=True))
+    rows = "".join(
+        "<tr>" + "".join(f'<td class="{k}">{_text(c)}</td>' for c, k in zip(row, kinds, strict=True)) + "</tr>"
+        for row in table.rows
+    )
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _samples(page: Page) -> str:
+    if not page.samples:
+        return ""
+    note = f'<p class="text">{_text(page.samples_text)}</p>' if page.samples_text else ""
+    return f"<h2>Before and after</h2>{note}" + "".join(_sample(s, page.before, page.after) for s in page.samples)
+
+
+def _sample(sample: Sample, before: str, after: str) -> str:
+    better = ""
+    if sample.before_score is not None and sample.after_score is not None and sample.before_score != sample.after_score:
+        better = "up" if sample.after_score > sample.before_score else "down"
+    return (
+        f'<div class="sample"><p>{_text(sample.prompt)}</p><div class="pair">'
+        f"{_answer(before, sample.before, sample.before_score, '')}{_answer(after, sample.after, sample.after_score, better)}"
+        "</div></div>"
+    )
+
+
+def _answer(who: str, text: str, score: float | None, mark: str) -> str:
+    figure = "" if score is None else f'<b class="{mark}">{signed(score)}</b>'
+    return f'<div><div class="who"><span>{_text(who)}</span>{figure}</div><p>{_text(text)}</p></div>'
+
+
+def _section(section: Section) -> str:
+    parts = [f"<h2>{_text(section.title)}</h2>"]
+    if section.text:
+        parts.append(f'<p class="text">{_text(section.text)}</p>')
+    parts.append(_table(section.table))
+    if section.charts:
+        parts.append(f'<div class="charts">{"".join(section.charts)}</div>')
+    if section.more_charts:
+        more = f"<summary>All other metrics ({len(section.more_charts)})</summary>"
+        parts.append(f'<details>{more}<div class="charts">{"".join(section.more_charts)}</div></details>')
+    if section.settings:
+        parts.append(f"<details><summary>Settings</summary><pre>{_text(section.settings)}</pre></details>")
+    return "\n".join(part for part in parts if part)

@@ -1,0 +1,115 @@
+"""Filling in what depends on the model and the machine: learning rate, lengths, device, sampling temperature.
+
+Every value that is filled in says from where it came, in the printed table and at the top of ``config.yaml``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from palate.config import RunConfig
+from palate.defaults import default_learning_rate
+from palate.errors import ConfigError
+
+MOST_TOKENS = 1024  # of prompt and response where nobody says: longer rows cost memory that few laptops have
+
+
+# Settings that are filled in here when nobody sets them.
+FILLED = (
+    "training.learning_rate",
+    "device",
+    "data.max_length",
+    "data.max_prompt_length",
+    "method.temperature",
+    "sampling.temperature",
+)
+
+
+class Facts(NamedTuple):
+    """What settings depend on of the model that is trained."""
+
+    parameters: int
+    context: int | None  # tokens; None = no limit known
+
+
+def facts_of(model: Any) -> Facts:
+    """Size and context of a loaded model; an adapter's own weights are counted too."""
+    config = getattr(model, "get_base_model", lambda: model)().config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return Facts(sum(p.numel() for p in model.parameters()), getattr(text, "max_position_embeddings", None))
+
+
+def with_device(config: RunConfig) -> RunConfig:
+    """ "auto" as the device that it means here."""
+    return config.fill("device", _best_device(), "this machine") if config.device == "auto" else config
+
+
+def resolved(config: RunConfig, facts: Facts) -> RunConfig:
+    """The settings with nothing left open; resolving twice changes nothing.
+
+    Raises:
+        ConfigError: a length does not fit the model, or two temperatures disagree.
+    """
+    method = config.method.settings
+    if config.is_default("training.learning_rate"):
+        rate = default_learning_rate(method.trains, method.reads, facts.parameters, lora=config.lora is not None)
+        config = config.fill("training.learning_rate", rate.value, rate.source)
+    if config.data.max_length is None:
+        length = min(MOST_TOKENS, facts.context or MOST_TOKENS)
+        source = "the model's context" if length == facts.context else f"default: {MOST_TOKENS}"
+        config = config.fill("data.max_length", length, source)
+    elif facts.context is not None and config.data.max_length > facts.context:
+        raise ConfigError(
+            f"data.max_length: found {config.data.max_length}, expected at most the {facts.context} tokens that the model "
+            "can hold."
+        )
+    return _for_sampling(config) if method.reads == "prompts" else config
+
+
+def require_all(config: RunConfig) -> None:
+    """Refuse what cannot start, before anything is loaded.
+
+    Raises:
+        ConfigError: no data, or no reward where the method needs one.
+    """
+    method = config.method.settings
+    if config.data.train is None:
+        raise ConfigError(f'no data given: {config.method.name} reads {method.reads}. Give --data, or "data:" in the file.')
+    if "reward" in method.needs and "reward" not in method.trains and config.reward is None:
+        raise ConfigError(
+            f"{config.method.name} needs a reward. Give --reward: a reward model's folder (runs/reward/model), a classifier, "
+            "or a Python function module:name."
+        )
+    if isinstance(config.model, dict) and config.tokenizer is None:
+        raise ConfigError("a model from scratch has no tokenizer of its own. Give --tokenizer FOLDER.")
+
+
+def _best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _for_sampling(config: RunConfig) -> RunConfig:
+    """The method's temperature is the sampler's; the response's room is kept free in the prompt."""
+    sampling, method = config.sampling, config.method.settings
+    if hasattr(method, "temperature") and method.temperature != sampling.temperature:
+        if not config.is_default("method.temperature") and not config.is_default("sampling.temperature"):
+            raise ConfigError(
+                f"method.temperature ({method.temperature:g}) and sampling.temperature ({sampling.temperature:g}) differ. "
+                "The log-probabilities must be those of the distribution that is sampled: set sampling.temperature only."
+            )
+        if config.is_default("method.temperature"):
+            config = config.fill("method.temperature", sampling.temperature, "sampling.temperature")
+        else:
+            config = config.fill("sampling.temperature", method.temperature, "method.temperature")
+    length = config.data.max_length or 0
+    if config.data.max_prompt_length is None:
+        room = length - config.sampling.max_new_tokens
+        if room < 1:
+            raise ConfigError(
+                f"sampling.max_new_tokens ({config.sampling.max_new_tokens}) leaves no room for a prompt within data.max_length "
+                f"({length}). Lower the first or raise the second."
+            )
+        config = config.fill("data.max_prompt_length", room, "data.max_length - sampling.max_new_tokens")
+    return config

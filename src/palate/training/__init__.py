@@ -1,0 +1,1 @@
+"""The loop: microbatches, one division by the global count, steps, checkpoints, exact resume."""

@@ -1,0 +1,148 @@
+"""Checkpoints: trained weights, optimizer state, and a few numbers; written beside, then renamed.
+
+``checkpoints/step-N`` holds ``weights.safetensors``, ``optimizer.safetensors`` and ``state.json``. Data order and sampling are
+functions of (seed, step), so no random state is kept. A folder is complete or it is not there: a kill while writing leaves a
+``.tmp-`` folder that the next start removes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from palate.errors import RunError
+from palate.types import Method
+
+Parameters = Mapping[str, Mapping[str, nn.Parameter]]
+
+
+def save_checkpoint(
+    folder: Path, step: int, parameters: Parameters, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+) -> Path:
+    """Write ``folder/step-N`` and return it.
+
+    Raises:
+        RunError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    target, temporary = folder / f"step-{step}", folder / f".tmp-step-{step}"
+    if target.exists():
+        return target
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(_weights(parameters), temporary / "weights.safetensors")
+        save_file(_optimizer_tensors(parameters, optimizer), temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+        for file in temporary.iterdir():
+            _to_disk(file)
+        temporary.rename(target)
+        _to_disk(folder)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(
+            f"{target}: the checkpoint could not be written ({error}). Earlier checkpoints are intact. "
+            "Free some space (or lower training.keep_last) and give the same command to go on from the last one."
+        ) from error
+    return target
+
+
+def load_newest(folder: Path, parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+    """Load the newest readable checkpoint in place; its state, or None when there is none.
+
+    A folder that cannot be read is passed over for the one before it, and said so in the state's ``"skipped"``.
+    """
+    for leftover in folder.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    skipped = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            tensors = load_file(path / "optimizer.safetensors")
+            load_weights(path, parameters)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            skipped.append(f"{path}: {error}")
+            continue
+        _load_optimizer(parameters, optimizer, tensors)
+        return {**state, "skipped": skipped}
+    if skipped:
+        raise RunError("No checkpoint could be read:\n  " + "\n  ".join(skipped))
+    return None
+
+
+def load_weights(path: Path, parameters: Parameters) -> None:
+    """Put a checkpoint's trained weights in place."""
+    saved = load_file(path / "weights.safetensors")
+    wanted = {f"{role}.{name}": p for role, named in parameters.items() for name, p in named.items()}
+    if saved.keys() != wanted.keys() or any(saved[name].shape != wanted[name].shape for name in wanted):
+        raise RunError(f"{path}: these weights belong to another model than the one that is being trained.")
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(saved[name])
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def remove_old(folder: Path, keep_last: int, best_step: int | None) -> None:
+    """Keep the newest ``keep_last`` (at least one) and the best."""
+    for path in list_checkpoints(folder)[: -max(1, keep_last)]:
+        if path.name != f"step-{best_step}":
+            shutil.rmtree(path)
+
+
+def method_state(method: Method) -> dict[str, Any]:
+    """The method's fields, some of which change over a run."""
+    return dataclasses.asdict(method)  # type: ignore[call-overload,no-any-return]
+
+
+def restored_method(method: Method, state: Mapping[str, Any]) -> Method:
+    """The method with the fields of a checkpoint; a tuple that JSON made a list becomes the type it was."""
+    values = {}
+    for name, value in state.items():
+        current = getattr(method, name)
+        is_named_tuple = isinstance(current, tuple) and hasattr(current, "_fields")
+        values[name] = type(current)(*value) if is_named_tuple else value
+    return dataclasses.replace(method, **values)  # type: ignore[type-var]
+
+
+def _weights(parameters: Parameters) -> dict[str, Tensor]:
+    return {f"{role}.{name}": p.detach().contiguous() for role, named in parameters.items() for name, p in named.items()}
+
+
+def _optimizer_tensors(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"{role}.{name}.{key}": value.detach().contiguous()
+        for role, named in parameters.items()
+        for name, p in named.items()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
+
+
+def _load_optimizer(parameters: Parameters, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    optimizer.state.clear()
+    for role, named in parameters.items():
+        for name, p in named.items():
+            prefix = f"{role}.{name}."
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if prefix + key in tensors:
+                    optimizer.state[p][key] = tensors[prefix + key].to(p.device)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,74 @@
+"""Checks on in every run: what must hold if nothing is broken, and what is kept when it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from palate.errors import ModelError
+from palate.types import Batch, Tokens
+
+FIRST_LOOK = {"float32": 1e-5, "bfloat16": 1e-2}  # nats: rounding of one forward against another in this type
+
+
+def check_first_look(metrics: dict[str, float], dtype: str) -> None:
+    """At the first look at fresh samples the policy is the one that sampled them: ratio 1, KL(old, new) 0.
+
+    Raises:
+        ModelError: two forward passes of the same weights disagree (dropout left on, an unstable kernel).
+    """
+    if "ratio" not in metrics:
+        return
+    tolerance = FIRST_LOOK.get(dtype, 1e-2)
+    if abs(metrics["ratio"] - 1) > tolerance or metrics["kl/old"] > tolerance:
+        raise ModelError(
+            f"First look at fresh samples: probability ratio {metrics['ratio']:.6f} and kl/old {metrics['kl/old']:.2e}, "
+            f"expected 1 and 0 (within {tolerance:g}). The same weights give different log-probabilities in two passes: "
+            "look for dropout, a stateful layer, or a numerically unstable attention kernel."
+        )
+
+
+def check_same_reference(metrics: dict[str, float], dtype: str) -> None:
+    """Before the first step the policy is its reference: KL 0.
+
+    Raises:
+        ModelError: the reference was loaded from other weights, or an adapter is on where it should be off.
+    """
+    kl, tokens = metrics.get("kl/reference_k3", 0.0), max(1.0, metrics.get("length/response", 1.0))
+    if kl / tokens > FIRST_LOOK.get(dtype, 1e-2):
+        raise ModelError(
+            f"Before the first step the policy should be its reference, but kl/reference_k3 is {kl:.4f} nats a sequence. "
+            "Look for an adapter that is on in the reference, or other weights than the policy's."
+        )
+
+
+def check_finite(loss: float, norms: dict[str, float], batch: Batch, folder: Path, step: int) -> None:
+    """Loss and gradient are numbers.
+
+    Raises:
+        ModelError: they are not; the batch is kept beside the metrics and named.
+    """
+    if math.isfinite(loss) and all(math.isfinite(norm) for norm in norms.values()):
+        return
+    path = folder / f"failed-batch-step-{step}.safetensors"
+    save_file(_tensors(batch), path)
+    found = ", ".join([f"loss {loss}"] + [f"gradient norm of {role} {norm}" for role, norm in norms.items()])
+    raise ModelError(
+        f"Step {step}: {found}. No step was made with it; the batch is in {path}, the last checkpoint is intact. "
+        "Usual causes: learning rate too high, bf16 or fp16 weights, a broken row. Lower training.learning_rate and start "
+        "a new run, or look at the batch."
+    )
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    """Every tensor of a batch by name, the rows' own first."""
+    tokens: Tokens = batch.tokens
+    fields = {f.name: getattr(tokens, f.name) for f in dataclasses.fields(tokens)}
+    fields |= {name: value for name, value in tokens.extras.items()}
+    if batch is not tokens:
+        fields |= {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return {name: value.detach().contiguous().clone() for name, value in fields.items() if isinstance(value, Tensor)}

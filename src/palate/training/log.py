@@ -1,0 +1,44 @@
+"""Append-only JSONL files of a run, which can be cut back to where a checkpoint was made."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FILES = ("metrics.jsonl", "samples.jsonl", "alarms.jsonl")
+
+
+def append(folder: Path, name: str, *entries: Mapping[str, Any]) -> None:
+    """One JSON object a line; handed to the operating system before returning."""
+    if entries:
+        text = "".join(json.dumps(entry, ensure_ascii=False, allow_nan=True) + "\n" for entry in entries)
+        with open(folder / name, "a", encoding="utf-8") as file:
+            file.write(text)
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes written to each file so far."""
+    return {name: (folder / name).stat().st_size if (folder / name).exists() else 0 for name in FILES}
+
+
+def cut_back(folder: Path, wanted: Mapping[str, int]) -> None:
+    """Forget what was written after ``wanted`` was taken: lines of a run that was killed between checkpoints."""
+    for name, size in wanted.items():
+        path = folder / name
+        if path.exists() and path.stat().st_size > size:
+            os.truncate(path, size)
+
+
+def read(folder: Path, name: str) -> list[dict[str, Any]]:
+    """All entries; a last line that was cut short by a kill is left out."""
+    path = folder / name
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            entries.append(json.loads(line))
+    return entries

@@ -1,0 +1,327 @@
+"""The one loop, for offline and online methods.
+
+    for metrics in train(run): ...
+
+Each batch: collate (or sample), ``prepare`` once, then for every epoch and minibatch of the method: microbatches forward and
+backward, one division by the global count, one step. The caller's ``for`` statement prints, plots, stops; what must survive a
+kill is on the disk before the metrics are yielded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from palate.data.collate import Item
+from palate.errors import DataError
+from palate.methods.sft import SFT
+from palate.training import checkpoint, guards, log
+from palate.training.optimizer import (
+    clip_gradients,
+    divide_gradients,
+    make_optimizer,
+    schedule,
+    set_learning_rate,
+    trained_parameters,
+)
+from palate.training.order import batch_items, minibatch_rows
+from palate.training.rollouts import Rollout
+from palate.training.settings import TrainingSettings, steps_of
+from palate.types import Batch, Mean, Method, Models, Tokens, microbatches, moved
+
+Metrics = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """Everything the loop needs, and what it changes.
+
+    Attributes:
+        folder: where metrics, samples and checkpoints go.
+        method: replaced between batches when it adapts.
+        models: the roles; those that ``method.trains`` are changed in place.
+        settings: of the loop.
+        items: what to train on, one item a prompt.
+        validation: what to evaluate on; may be empty.
+        collate: items to a batch, for methods that do not sample.
+        rollout: prompts to sampled rows, for methods that do.
+        pretraining: texts for the loss that ``method.ptx_coef`` mixes in, and ``collate_pretraining`` for them.
+        starts_at_reference: policy and reference begin as the same weights; then KL 0 is checked before the first step.
+        dtype: that the forward passes compute in, "float32" or "bfloat16".
+        best: step and value of the best evaluation.
+        stopped: why the run ended, once it has.
+    """
+
+    folder: Path
+    method: Method
+    models: Models
+    settings: TrainingSettings
+    items: Sequence[Item]
+    validation: Sequence[Item] = ()
+    collate: Callable[[Sequence[Item]], Batch] | None = None
+    rollout: Rollout | None = None
+    pretraining: Sequence[Item] = ()
+    collate_pretraining: Callable[[Sequence[Item]], Tokens] | None = None
+    starts_at_reference: bool = False
+    dtype: str = "float32"
+    device: torch.device = torch.device("cpu")
+    best: dict[str, float] = field(default_factory=dict)
+    stopped: str | None = None
+
+
+def train(run: Run) -> Iterator[Metrics]:
+    """Train, from the newest checkpoint in the run's folder if there is one.
+
+    Yields:
+        one dictionary a batch ("split": "train") and one an evaluation ("split": "validation"); all but ``time/*`` is also in
+        ``metrics.jsonl``.
+
+    Raises:
+        ModelError: NaN or Inf, or a check of ``training.guards`` failed. RunError: a checkpoint could not be written.
+    """
+    settings, total = run.settings, run.settings.total_steps(len(run.items))
+    evaluate_every, save_every = steps_of(settings.eval_every, total), steps_of(settings.save_every, total)
+    parameters = trained_parameters(run.models, run.method)
+    optimizer = make_optimizer(parameters, settings)
+    state = checkpoint.load_newest(run.folder / "checkpoints", parameters, optimizer)
+    start = _resume(run, state)
+    if state is None and run.validation:
+        yield _evaluation(run, 0)
+    for step in range(start, total):
+        if run.stopped:
+            break
+        metrics, times = _batch(run, parameters, optimizer, step, total)
+        log.append(run.folder, "metrics.jsonl", metrics)
+        yield metrics | times
+        done = step + 1
+        run.stopped = _reason_to_stop(run, metrics) or (f"all {total} batches done" if done == total else None)
+        due = run.stopped or (evaluate_every and done % evaluate_every == 0)
+        improved = False
+        if run.validation and due:
+            evaluation = _evaluation(run, done)
+            improved = _is_best(run, evaluation)
+            run.stopped = run.stopped or _patience(run, done, evaluate_every)
+            yield evaluation
+        if run.stopped or improved or (save_every and done % save_every == 0):
+            _save(run, parameters, optimizer, done)
+    if _keeps_best(settings) and run.best:
+        checkpoint.load_weights(run.folder / "checkpoints" / f"step-{int(run.best['step'])}", parameters)
+
+
+def _resume(run: Run, state: Mapping[str, Any] | None) -> int:
+    """Put back what the run had at the checkpoint; the step to go on from."""
+    if state is None:
+        log.cut_back(run.folder, dict.fromkeys(log.FILES, 0))
+        return 0
+    run.method = checkpoint.restored_method(run.method, state["method"])
+    run.best, run.stopped = state["best"], state["stopped"]
+    log.cut_back(run.folder, state["sizes"])
+    return int(state["step"])
+
+
+def _save(run: Run, parameters: checkpoint.Parameters, optimizer: torch.optim.Optimizer, step: int) -> None:
+    state = {
+        "method": checkpoint.method_state(run.method),
+        "best": run.best,
+        "stopped": run.stopped,
+        "sizes": log.sizes(run.folder),
+    }
+    folder = run.folder / "checkpoints"
+    checkpoint.save_checkpoint(folder, step, parameters, optimizer, state)
+    best_step = int(run.best["step"]) if run.best else None
+    checkpoint.remove_old(folder, run.settings.keep_last, best_step)
+
+
+def _batch(
+    run: Run, parameters: checkpoint.Parameters, optimizer: torch.optim.Optimizer, step: int, total: int
+) -> tuple[Metrics, Metrics]:
+    """Sample or collate, prepare, update: the metrics of one batch, and its times."""
+    settings, clock = run.settings, _Clock()
+    torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout, where there is any
+    learning_rate = set_learning_rate(optimizer, schedule(step, total, settings))
+    items = batch_items(run.items, settings.batch_size, step, settings.seed)
+    batch = _collect(run, items, settings.seed, step)
+    clock.lap("time/rollout" if run.rollout else "time/collate")
+    with torch.no_grad():
+        batch = run.method.prepare(run.models, batch)
+    sums: dict[str, Mean] = dict(getattr(batch, "metrics", {}))
+    if step == 0 and run.starts_at_reference:
+        guards.check_same_reference({name: mean.item() for name, mean in sums.items()}, run.dtype)
+    _write_samples(run, batch, step, total)
+    clock.lap("time/prepare")
+    updates = 0
+    for epoch in range(getattr(run.method, "epochs", 1)):
+        seed = (settings.seed, step, epoch)
+        for rows in minibatch_rows(batch, getattr(run.method, "minibatches", 1), *seed):
+            part = batch.select(rows.to(batch.tokens.ids.device))
+            this, norms = _accumulate(run, parameters, part, step, updates)
+            if updates == 0 and epoch == 0:
+                guards.check_first_look(this, run.dtype)
+            for name, value in this.items():
+                mean = Mean(torch.tensor(value), torch.tensor(1.0))
+                sums[name] = sums[name] + mean if name in sums else mean
+            if getattr(run.method, "stop", _never)(this):
+                break
+            for role, norm in norms.items():
+                name = "grad_norm" if len(norms) == 1 else f"grad_norm/{role}"
+                mean = Mean(torch.tensor(norm), torch.tensor(1.0))
+                sums[name] = sums[name] + mean if name in sums else mean
+            optimizer.step()
+            updates += 1
+        else:
+            continue
+        break
+    optimizer.zero_grad(set_to_none=True)
+    clock.lap("time/update")
+    if hasattr(run.method, "adapt"):
+        run.method = run.method.adapt(batch)
+    tokens = batch.tokens
+    counts = {"tokens/all": int(tokens.attention_mask.sum()), "tokens/response": int(tokens.response_mask.sum())}
+    metrics = {"step": step + 1, "split": "train"} | {name: mean.item() for name, mean in sorted(sums.items())}
+    metrics |= {"learning_rate": learning_rate, "updates": updates} | counts
+    return metrics, clock.times | {"tokens/second": counts["tokens/all"] / sum(clock.times.values())}
+
+
+def _collect(run: Run, items: Sequence[Item], *seed: int) -> Batch:
+    """A batch from items: their own rows, or rows sampled for them."""
+    if run.rollout is not None:
+        return run.rollout(items, *seed)
+    assert run.collate is not None, "a run needs either collate or rollout"
+    return moved(run.collate(items), run.device)
+
+
+def _accumulate(
+    run: Run, parameters: checkpoint.Parameters, part: Batch, step: int, update: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Gradient of the average loss of one minibatch, however it is cut; its metrics and gradient norms by role."""
+    trained = [p for named in parameters.values() for p in named.values()]
+    for p in trained:
+        p.grad = None
+    sums: dict[str, Mean] = {}
+    for micro in microbatches(part, run.settings.tokens_per_microbatch):
+        for name, mean in run.method.loss(run.models, micro).items():
+            if name == "loss":
+                mean.total.backward()
+            sums[name] = sums[name] + mean.detach() if name in sums else mean.detach()
+    count = float(sums["loss"].count)
+    if count == 0:
+        raise DataError(f"Step {step + 1}: no row of the batch has anything to train on. See `palate check` on the data.")
+    divide_gradients(trained, count)
+    metrics = {name: mean.item() for name, mean in sums.items()}
+    metrics |= _add_pretraining_gradient(run, step, update)
+    norms = {
+        role: float(clip_gradients(named.values(), run.settings.max_grad_norm)) for role, named in parameters.items()
+    }
+    guards.check_finite(metrics["loss"], norms, part, run.folder, step + 1)
+    return metrics, norms
+
+
+def _add_pretraining_gradient(run: Run, step: int, update: int) -> dict[str, float]:
+    """PPO-ptx: add the gradient of ``ptx_coef`` times the token-mean language-modelling loss (InstructGPT eq. 2)."""
+    coefficient = getattr(run.method, "ptx_coef", 0.0)
+    if not coefficient:
+        return {}
+    assert run.collate_pretraining is not None
+    method: Any = run.method
+    position = step * method.epochs * method.minibatches + update
+    items = batch_items(run.pretraining, method.ptx_batch_size, position, run.settings.seed + 1)
+    batch = moved(run.collate_pretraining(items), run.device)
+    count, total = int(batch.response_mask.sum()), 0.0
+    for micro in microbatches(batch, run.settings.tokens_per_microbatch):
+        loss = SFT().loss(run.models, micro)["loss"].total
+        (loss * (coefficient / count)).backward()
+        total += float(loss.detach())
+    return {"loss/pretraining": total / count}
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> dict[str, float]:
+    """The method's metrics on the validation items; of sampled responses with a fixed seed for methods that sample."""
+    sums: dict[str, Mean] = {}
+    size = run.settings.batch_size
+    for start in range(0, len(run.validation), size):
+        batch = _collect(run, run.validation[start : start + size], run.settings.seed, -1, start)
+        batch = run.method.prepare(run.models, batch)
+        found = dict(getattr(batch, "metrics", {}))
+        if run.rollout is None:
+            for micro in microbatches(batch, run.settings.tokens_per_microbatch):
+                for name, mean in run.method.loss(run.models, micro).items():
+                    found[name] = found[name] + mean if name in found else mean
+        for name, mean in found.items():
+            sums[name] = sums[name] + mean if name in sums else mean
+    return {name: mean.item() for name, mean in sorted(sums.items())}
+
+
+def _evaluation(run: Run, step: int) -> Metrics:
+    metrics = {"step": step, "split": "validation"} | evaluate(run)
+    log.append(run.folder, "metrics.jsonl", metrics)
+    return metrics
+
+
+def _reason_to_stop(run: Run, metrics: Metrics) -> str | None:
+    finished: Callable[[Metrics], str | None] = getattr(run.method, "finished", lambda _: None)
+    return finished(metrics)
+
+
+def _keeps_best(settings: TrainingSettings) -> bool:
+    return bool(settings.best_metric) or settings.patience > 0
+
+
+def _is_best(run: Run, evaluation: Metrics) -> bool:
+    """Note the evaluation if it beats all before; only asked for when the run looks for a best."""
+    if not _keeps_best(run.settings):
+        return False
+    name = run.settings.best_metric or "loss"
+    if name not in evaluation:
+        known = ", ".join(key for key, value in evaluation.items() if isinstance(value, float))
+        raise DataError(f"training.best_metric: no validation metric {name!r}. Found: {known}.")
+    sign = 1 if run.settings.best_is == "lowest" else -1
+    value = evaluation[name]
+    if run.best and sign * value >= sign * run.best["value"]:
+        return False
+    run.best = {"step": evaluation["step"], "value": value}
+    return True
+
+
+def _patience(run: Run, step: int, every: int) -> str | None:
+    if not run.settings.patience or not run.best or not every:
+        return None
+    without = (step - run.best["step"]) // every
+    if without < run.settings.patience:
+        return None
+    name = run.settings.best_metric or "loss"
+    return f"{name} has not improved on {run.best['value']:.4f} (step {int(run.best['step'])}) for {int(without)} evaluations"
+
+
+def _write_samples(run: Run, batch: Batch, step: int, total: int) -> None:
+    """A few sampled responses with their scores, now and then."""
+    every = run.settings.samples_every
+    if run.rollout is None or not (step in (0, total - 1) or (every and step % every == 0)):
+        return
+    scores = getattr(batch, "scores", None)
+    rows = range(0, len(batch.tokens), max(1, len(batch.tokens) // 4))
+    for row, entry in zip(rows, run.rollout.texts(batch.tokens, rows), strict=True):
+        score = {} if scores is None else {"score": float(scores[row])}
+        log.append(run.folder, "samples.jsonl", {"step": step, **entry, **score})
+
+
+def _never(metrics: dict[str, float]) -> bool:
+    return False
+
+
+class _Clock:
+    """Seconds spent in each part of a batch."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.times[name] = now - self._last
+        self._last = now

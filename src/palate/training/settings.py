@@ -1,0 +1,84 @@
+"""Settings of the loop. What belongs to a paper's method is a field of the method; this is the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from palate.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How long, how fast, how often.
+
+    Attributes:
+        learning_rate: peak step size of AdamW; > 0.
+        value_learning_rate: the value model's, for methods that train one; None = ``learning_rate``.
+        schedule: "cosine" (to ``final_learning_rate``), "linear", or "constant", after the warm-up.
+        warmup: steps of linear warm-up; a number below 1 is a share of all steps.
+        final_learning_rate: what the schedule ends at, as a share of ``learning_rate``; in [0, 1].
+        epochs: passes over the data; may be a fraction. Ignored when ``max_steps`` is set.
+        max_steps: batches to train on; None = by ``epochs``.
+        batch_size: prompts (groups) a batch.
+        tokens_per_microbatch: real tokens in one forward and backward; bounds memory, never changes a result.
+        weight_decay: AdamW's, on matrices only (not on norms, biases and embeddings).
+        beta1, beta2, epsilon: AdamW's.
+        max_grad_norm: the gradient is scaled down to this norm; 0 = never.
+        eval_every: batches between evaluations; a number below 1 is a share of all batches; 0 = only at the end.
+        save_every: batches between checkpoints, likewise; 0 = only at the end.
+        keep_last: checkpoints to keep besides the best.
+        patience: evaluations without a better ``best_metric`` before stopping early; 0 = never stop early.
+        best_metric: validation metric that names the best checkpoint; "" = "loss".
+        best_is: "lowest" or "highest".
+        samples_every: batches between entries in samples.jsonl for methods that sample; 0 = first and last only.
+        seed: of data order, dropout and sampling.
+    """
+
+    learning_rate: float = 1e-5
+    value_learning_rate: float | None = None
+    schedule: str = "cosine"
+    warmup: float = 0.03
+    final_learning_rate: float = 0.1
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 32
+    tokens_per_microbatch: int = 4096
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    eval_every: float = 0.1
+    save_every: float = 0.1
+    keep_last: int = 2
+    patience: int = 0
+    best_metric: str = ""
+    best_is: str = "lowest"
+    samples_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number above 0")
+        _require(self.schedule in ("cosine", "linear", "constant"), "schedule", self.schedule, "cosine, linear, constant")
+        _require(self.best_is in ("lowest", "highest"), "best_is", self.best_is, "lowest or highest")
+        _require(0 <= self.final_learning_rate <= 1, "final_learning_rate", self.final_learning_rate, "a share in [0, 1]")
+        _require(self.epochs > 0, "epochs", self.epochs, "a number above 0")
+        _require(self.max_steps is None or self.max_steps > 0, "max_steps", self.max_steps, "a whole number above 0")
+        for name in ("batch_size", "tokens_per_microbatch"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number above 0")
+        for name in ("warmup", "weight_decay", "max_grad_norm", "eval_every", "save_every", "keep_last", "patience"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "a number of at least 0")
+
+    def total_steps(self, items: int) -> int:
+        """Batches in the whole run over ``items`` prompts."""
+        return self.max_steps or max(1, round(self.epochs * items / self.batch_size))
+
+
+def steps_of(value: float, total: int) -> int:
+    """A setting in batches: as it is from 1 up, a share of ``total`` below 1, and 0 stays 0."""
+    return 0 if value == 0 else int(value) if value >= 1 else max(1, round(value * total))
+
+
+def _require(ok: bool, name: str, found: object, wanted: str) -> None:
+    if not ok:
+        raise ConfigError(f"training.{name}: found {found!r}, expected {wanted}.")
