@@ -1,6 +1,7 @@
 # make demo   the whole pipeline in a small world of its own: SFT, reward model, PPO, evaluation (about 5 minutes on 2 cores)
 # make test   the test suite           make lint   ruff and mypy
-# make bench  speed and memory         make wheel  build the package     make clean  forget the environment
+# make bench  speed and memory         make format  ruff's layout         make wheel  build the package
+# make clean  forget the environment
 #
 # Each does its own set-up the first time: a virtual environment in .venv with the exact versions of requirements.lock.
 # PYTHON=python3.12 make test   chooses the interpreter;   make test ARGS="-k ppo"   passes arguments on.
@@ -14,7 +15,7 @@ JOBS   ?= 2
 BIN   := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test lint format bench wheel clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -26,6 +27,10 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py $(ARGS)

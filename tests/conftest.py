@@ -16,3 +16,30 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real data here: put it in ../shared/data or name its folder in PALATE_SHARED_DATA")
     return folder
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def tiny_tokenizer():
+    """A byte-level tokenizer of some 300 tokens with a ChatML template, built here; pad is its own token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(["the user and the assistant said hello there in the morning"] * 4, trainer)
+    named = {"pad_token": "<|pad|>", "eos_token": "<|im_end|>", "bos_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=CHATML, **named)

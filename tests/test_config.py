@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import textwrap
 from pathlib import Path
@@ -346,13 +347,16 @@ def test_every_shared_setting_is_described_and_known() -> None:
 
 
 def test_settings_without_source_still_have_names() -> None:
-    namespace: dict[str, object] = {}
-    exec("from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int = 1  # lost\n", namespace)
-    assert [(s.name, s.default, s.text) for s in settings_of(namespace["A"])] == [("x", 1, "")]
+    made = dataclasses.make_dataclass("Made", [("x", int, 1)])
+    assert [(s.name, s.default, s.text) for s in settings_of(made)] == [("x", 1, "")]
 
 
 def test_learning_rates_fall_with_size_and_rise_with_lora() -> None:
-    for trains, reads in ((("policy",), "demonstrations"), (("reward",), "comparisons"), (("policy", "value"), "prompts")):
+    for trains, reads in (
+        (("policy",), "demonstrations"),
+        (("reward",), "comparisons"),
+        (("policy", "value"), "prompts"),
+    ):
         rates = [default_learning_rate(trains, reads, int(n)) for n in (1e5, 5e7, 5e8, 5e9, 1e11)]
         values = [rate.value for rate in rates]
         assert values == sorted(values, reverse=True) and values[0] > values[-1] > 0

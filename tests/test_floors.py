@@ -29,13 +29,9 @@ FLOOR = {
     "evaluation": 4,
     "health": 4,
     "report": 4,
-    "config": 5,
-    "settings_tree": 5,
-    "lookup": 5,
-    "defaults": 5,
-    "explain": 5,
-    "pipelines": 5,
-    "api": 5,
+    # What turns settings into runs: everything between the training room and the command line.
+    **dict.fromkeys(("settings_tree", "config", "defaults", "resolve", "lookup", "method_docs", "run_folder"), 5),
+    **dict.fromkeys(("stage", "texts", "console", "pipelines", "api"), 5),
     "cli": 6,
     "__main__": 6,
     "server": 6,
@@ -133,7 +129,10 @@ def test_a_breach_is_seen(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("palate.methods.ppo", "from palate.models.forward import token_logprobs\nfrom palate.methods.sft import sft_loss"),
+        (
+            "palate.methods.ppo",
+            "from palate.models.forward import token_logprobs\nfrom palate.methods.sft import sft_loss",
+        ),
         ("palate.methods.ppo", "import palate.models.forward as forward"),
         ("palate.functional.masked", "import torch\nfrom palate.types import Mean"),
         ("palate.training.loop", "from palate.data import collate\nfrom palate.types import Method"),
@@ -151,8 +150,10 @@ def unpickling(tree: ast.AST) -> list[int]:
         if not isinstance(node, ast.Call):
             continue
         called = ast.unparse(node.func)
-        allows = any(k.arg == "allow_pickle" and not (isinstance(k.value, ast.Constant) and k.value.value is False)
-                     for k in node.keywords)
+        allows = any(
+            k.arg == "allow_pickle" and not (isinstance(k.value, ast.Constant) and k.value.value is False)
+            for k in node.keywords
+        )
         if called in ("torch.load", "torch.save") or allows:
             lines.append(node.lineno)
     return lines
@@ -171,8 +172,11 @@ def pad_comparisons(tree: ast.AST) -> list[int]:
     lines = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Compare):
-            equalities = [right for op, right in zip(node.ops, node.comparators, strict=True)
-                          if isinstance(op, ast.Eq | ast.NotEq)]
+            equalities = [
+                right
+                for op, right in zip(node.ops, node.comparators, strict=True)
+                if isinstance(op, ast.Eq | ast.NotEq)
+            ]
             if equalities and any(names_pad(side) for side in [node.left, *equalities]):
                 lines.append(node.lineno)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("eq", "ne"):
@@ -184,14 +188,18 @@ def column_shifts(tree: ast.AST) -> list[int]:
     """Lines with ``[:, 1:]`` or ``[:, :-1]``: the one shift of the house stands in models/forward.py."""
     lines = []
     for node in ast.walk(tree):
-        after_rows = node.slice.elts[1:] if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple) else []
+        after_rows = (
+            node.slice.elts[1:] if isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Tuple) else []
+        )
         if any(ast.unparse(part) in ("1:", ":-1") for part in after_rows):
             lines.append(node.lineno)
     return lines
 
 
 def test_nothing_is_pickled() -> None:
-    assert {name_of(p): lines for p in modules() if (lines := unpickling(ast.parse(p.read_text(encoding="utf-8"))))} == {}
+    assert {
+        name_of(p): lines for p in modules() if (lines := unpickling(ast.parse(p.read_text(encoding="utf-8"))))
+    } == {}
 
 
 def test_tokens_are_compared_with_a_pad_id_in_data_and_generation_only() -> None:

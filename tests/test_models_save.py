@@ -93,15 +93,15 @@ def test_the_chat_template_and_the_stop_ids_are_saved(tmp_path):
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} </s>{% endfor %}"
     save_model(tiny(tokenizer=tokenizer), tokenizer, tmp_path / "m", stop_token_ids=(5, 2))
     assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template == tokenizer.chat_template
-    assert GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id == [2, 5]
+    assert GenerationConfig.from_pretrained(tmp_path / "m").eos_token_id == [5, 2]
     again = load_policy(tmp_path / "m")
-    assert again.generation_config.eos_token_id == [2, 5]
+    assert again.generation_config.eos_token_id == [5, 2]
     save_model(again, tokenizer, tmp_path / "again")  # a list that came with the model stays
-    assert GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id == [2, 5]
+    assert GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id == [5, 2]
     adapted = load_policy(tmp_path / "m", lora=LORA)
     save_model(adapted, tokenizer, tmp_path / "adapter")
-    assert GenerationConfig.from_pretrained(tmp_path / "adapter").eos_token_id == [2, 5]
-    assert load_policy(tmp_path / "adapter").get_base_model().generation_config.eos_token_id == [2, 5]
+    assert GenerationConfig.from_pretrained(tmp_path / "adapter").eos_token_id == [5, 2]
+    assert load_policy(tmp_path / "adapter").get_base_model().generation_config.eos_token_id == [5, 2]
 
 
 def test_a_published_generation_config_that_transformers_finds_fault_with_can_be_saved(tmp_path):

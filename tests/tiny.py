@@ -37,7 +37,7 @@ def tiny(architecture="llama", tokenizer=None, seed=0, **more):
     return new_policy(config, tokenizer or tokenizer_of(), seed)
 
 
-def rows(*lengths, vocab=len(WORDS), seed=0, prompt=2):
+def rows(*lengths, vocab=20, seed=0, prompt=2):
     """Random rows without special tokens, right-padded; everything after the prompt is response."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(4, vocab, (len(lengths), max(lengths)), generator=generator)

@@ -70,7 +70,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and stop.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it and stop.")
+    ] = False,
 ) -> None:
     pass
 
@@ -81,10 +83,14 @@ def train(
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML settings file.")] = None,
     model: Annotated[str | None, typer.Option("--model", "-m", help="What is trained: folder or hub name.")] = None,
-    data: Annotated[str | None, typer.Option("--data", "-d", help="Training records: file, folder, hub name, -.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", "-d", help="Training records: file, folder, hub name, -.")
+    ] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="The run's folder.")] = None,
     reward: Annotated[str | None, typer.Option("--reward", help="Folder, classifier, or module:function.")] = None,
-    reference: Annotated[str | None, typer.Option("--reference", help="Frozen reference; default: MODEL itself.")] = None,
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="Frozen reference; default: MODEL itself.")
+    ] = None,
     value: Annotated[str | None, typer.Option("--value", help="Start of the value model; default: REWARD.")] = None,
     validation: Annotated[str | None, typer.Option("--validation", help="Held-out records; default: a share.")] = None,
     tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="Folder or hub name; default: MODEL's.")] = None,
@@ -110,7 +116,14 @@ def train(
     if method is not None and "=" in method:  # METHOD comes from the file, and this is the first override
         texts.insert(0, method)
         method = None
-    flags = {"model": model, "data.train": data, "out": out, "reward": reward, "reference": reference, "value": value}
+    flags: dict[str, Any] = {
+        "model": model,
+        "data.train": data,
+        "out": out,
+        "reward": reward,
+        "reference": reference,
+        "value": value,
+    }
     flags |= {"data.validation": validation, "tokenizer": tokenizer, "lora": lora, "dtype": dtype, "device": device}
     flags |= {"seed": seed, "data.limit": limit}
     settings = load_config(method, file=config, flags=flags, overrides=texts)
@@ -173,10 +186,14 @@ def sample(
 
 @app.command()
 def score(
-    reward: Annotated[str, typer.Option("--model", "-m", "--reward", help="Reward folder, classifier, module:function.")],
+    reward: Annotated[
+        str, typer.Option("--model", "-m", "--reward", help="Reward folder, classifier, module:function.")
+    ],
     data: Annotated[str, typer.Option("--data", "-d", help="prompt+response, comparisons, rankings, or -.")] = "-",
     out: Annotated[str, typer.Option("--out", "-o", help="JSONL file, or - for standard output.")] = "-",
-    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="For rewards that have none of their own.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="For rewards that have none of their own.")
+    ] = None,
     max_length: Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and response.")] = None,
     limit: Limit = None,
     format: Format = "auto",
@@ -223,7 +240,9 @@ def chat(
     from palate.texts import Conversation
 
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    talk = Conversation(model, decoding, seed=seed, system=system, chat_template=chat_template, dtype=dtype, device=device)
+    talk = Conversation(
+        model, decoding, seed=seed, system=system, chat_template=chat_template, dtype=dtype, device=device
+    )
     typer.echo("/new starts again, /quit ends.", err=True)
     while True:
         try:
@@ -298,7 +317,9 @@ def methods(as_json: JsonFlag = False) -> None:
 def convert(
     source: Annotated[str, typer.Argument(help="Records in a public shape: file, or - for standard input.")],
     target: Annotated[str, typer.Argument(help="palate's own JSONL: file, or - for standard output.")] = "-",
-    from_format: Annotated[str, typer.Option("--from", help="trl, openai, sharegpt, alpaca, hh_rlhf, ...; or auto.")] = "auto",
+    from_format: Annotated[
+        str, typer.Option("--from", help="trl, openai, sharegpt, alpaca, hh_rlhf, ...; or auto.")
+    ] = "auto",
     kind: Annotated[
         str, typer.Option("--kind", "-k", help="demonstrations, prompts, comparisons, rankings, or judgements.")
     ] = "demonstrations",
@@ -306,7 +327,8 @@ def convert(
     """Convert records of a public shape to palate's own JSONL."""
     from palate.data.formats import convert_file
 
-    convert_file(source, target, from_format, kind)
+    report = convert_file(source, target, from_format, kind)
+    typer.echo(str(report), err=True)
 
 
 @app.command()
@@ -328,7 +350,14 @@ def check(
     from palate.texts import check_tokens
 
     found = check_tokens(
-        model, data, kind=kind, count=count, max_length=max_length, limit=limit, format=format, chat_template=chat_template
+        model,
+        data,
+        kind=kind,
+        count=count,
+        max_length=max_length,
+        limit=limit,
+        format=format,
+        chat_template=chat_template,
     )
     if as_json:
         _print_json(found.to_dict())

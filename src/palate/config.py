@@ -17,7 +17,7 @@ import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,11 +42,15 @@ class DataSettings:
         validation: the same, or None: then ``validation_fraction`` of the prompts of ``train`` are held out.
         pretraining: text for PPO's pre-training mix (``method.ptx_coef``), read like demonstrations; None = none.
         validation_fraction: share of the prompts held out, in [0, 1); a prompt is never on both sides.
-        format: "auto" detects the public shapes; else one of trl, openai, sharegpt, alpaca, hh_rlhf, ultrafeedback.
+        split_by: "prompt"; "opening" keeps all conversations with the same first user turn on one side.
+        format: "auto" detects the public shapes; else its name: trl, openai, sharegpt, alpaca, hh_rlhf, ...
+        rename: fields to read under another name, {name in the file: name expected}.
         split: of a hub data set.
         limit: read at most so many records; None = all.
         max_length: tokens of prompt and response together; None = what the model can hold, 1024 at most.
         max_prompt_length: tokens of the prompt; None = whatever the response leaves free.
+        truncate: what is cut of a record that is too long: "left_prompt" = the prompt's beginning, then the response's
+            end; "right" = the response's end; "drop" = the record is dropped, and counted.
         chat_template: None = the model's own, "none" = plain text, "default" = the documented default, else Jinja text
             or the path of a file with it.
         system: a system message put before every conversation; None = none.
@@ -56,11 +60,14 @@ class DataSettings:
     validation: str | None = None
     pretraining: str | None = None
     validation_fraction: float = 0.05
+    split_by: Literal["prompt", "opening"] = "prompt"
     format: str = "auto"
+    rename: dict[str, str] = field(default_factory=dict)
     split: str = "train"
     limit: int | None = None
     max_length: int | None = None
     max_prompt_length: int | None = None
+    truncate: Literal["left_prompt", "right", "drop"] = "left_prompt"
     chat_template: str | None = None
     system: str | None = None
 
@@ -113,7 +120,9 @@ class RunConfig(BaseModel):
     sampling: SamplingSettings = Field(default_factory=SamplingSettings)
     samples_per_prompt: int = Field(1, ge=1, description="responses drawn for each prompt")
     training: TrainingSettings = Field(default_factory=TrainingSettings)
-    trackers: list[str] = Field(default_factory=list, description="tensorboard, wandb, trackio; metrics.jsonl is always written")
+    trackers: list[str] = Field(
+        default_factory=list, description="tensorboard, wandb, trackio; metrics.jsonl is always written"
+    )
     out: Path = Field(description="the run's folder")
     name: str = Field("", description='of the run; "" = the last part of out')
 
@@ -161,7 +170,8 @@ class RunConfig(BaseModel):
         for key in type(self).model_fields:
             if key != "method":
                 value = getattr(self, key)
-                values[key] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+                is_section = dataclasses.is_dataclass(value) and not isinstance(value, type)
+                values[key] = dataclasses.asdict(value) if is_section else value
         return typing.cast("dict[str, Any]", _plain(values))
 
     def to_yaml(self) -> str:
@@ -176,16 +186,14 @@ def load_config(
     file: str | Path | None = None,
     flags: Mapping[str, Any] | None = None,
     overrides: Sequence[str] = (),
-    flag_name: str = "--{}",
 ) -> RunConfig:
-    """The settings of a run from all their places.
+    """The settings of a run from the command line.
 
     Args:
         method: the method's name; None = from the file.
         file: a YAML settings file.
         flags: dotted key -> value; None values are flags that were not given.
         overrides: ``section.key=value`` texts.
-        flag_name: how a message names a flag.
     Raises:
         ConfigError: with one line for each thing that is wrong.
     """
@@ -194,10 +202,38 @@ def load_config(
         put(given, "method.name", method, "the command's METHOD")
     for key, value in (flags or {}).items():
         if value is not None:
-            put(given, key, value, flag_name.format(key.rpartition(".")[2].replace("_", "-")))
+            put(given, key, value, "--data" if key == "data.train" else f"--{key.rpartition('.')[2]}")
+    return _layered(file, [given, *(read_overrides([text]) for text in overrides)])
+
+
+def load_settings(
+    method: str | None = None,
+    *,
+    file: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """The settings of a run from Python: ``settings`` as nested mappings, ``overrides`` by dotted key.
+
+    Raises:
+        ConfigError: with one line for each thing that is wrong.
+    """
+    layers = []
+    for key, value in ({"method.name": method} if method is not None else {}).items():
+        put(named := Layer(), key, value, "method")
+        layers.append(named)
+    for key, value in flatten(_plain({k: v for k, v in (settings or {}).items() if v is not None})).items():
+        put(given := Layer(), key, value, f"argument {key}")
+        layers.append(given)
+    for key, value in (overrides or {}).items():
+        put(above := Layer(), key, _plain(value), f"override {key}")
+        layers.append(above)
+    return _layered(file, layers)
+
+
+def _layered(file: str | Path | None, above: Sequence[Layer]) -> RunConfig:
     layers = [read_yaml(file)] if file is not None else []
-    layers += [given, *(read_overrides([text]) for text in overrides)]
-    return config_from(merge([_long_forms(layer) for layer in layers]))
+    return config_from(merge([long_forms(layer) for layer in (*layers, *above)]))
 
 
 def config_from(layer: Layer) -> RunConfig:
@@ -237,7 +273,9 @@ def _method_settings(cls: Any, section: Mapping[str, Any], layer: Layer, problem
 
 def known_keys(method: Any) -> dict[str, bool]:
     """Every dotted key that a run with this method understands -> whether keys of one's own may follow below it."""
-    known = {"method.name": False} | {f"method.{f.name}": _is_open(f.type) for f in dataclasses.fields(method) if f.init}
+    known = {"method.name": False} | {
+        f"method.{f.name}": _is_open(f.type) for f in dataclasses.fields(method) if f.init
+    }
     for key, info in RunConfig.model_fields.items():
         section = _dataclass_in(info.annotation)
         if section is MethodChoice:
@@ -316,7 +354,11 @@ def _messages(error: ValidationError, prefix: str, layer: Layer) -> list[str]:
 
 
 def _missing(key: str) -> str:
-    return f'no {key} given. Give --{key}, or "{key}:" in the settings file.' if "." not in key else f"{key}: must be given."
+    return (
+        f'no {key} given. Give --{key}, or "{key}:" in the settings file.'
+        if "." not in key
+        else f"{key}: must be given."
+    )
 
 
 def _at(layer: Layer, key: str) -> str:
@@ -324,7 +366,7 @@ def _at(layer: Layer, key: str) -> str:
     return f"{place}: " if place else ""
 
 
-def _long_forms(layer: Layer) -> Layer:
+def long_forms(layer: Layer) -> Layer:
     """The short forms, spelled out."""
     values, places = dict(layer.values), dict(layer.places)
     for short, long in (("method", "method.name"), ("data", "data.train"), ("seed", "training.seed")):

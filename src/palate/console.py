@@ -30,7 +30,9 @@ def print_explanation(found: Explanation, shared: Mapping[str, Sequence[Setting]
     for section, settings in (shared or {}).items():
         out.print(_settings_table(settings, f"{section}." if section else ""))
     if not shared:
-        out.print(f"Settings of the run (training., data., sampling., lora.): palate explain {escape(found.name)} --all")
+        out.print(
+            f"Settings of the run (training., data., sampling., lora.): palate explain {escape(found.name)} --all"
+        )
 
 
 def _roles(found: Explanation) -> Table:
@@ -71,7 +73,9 @@ def print_check(found: Checked) -> None:
     if found.report:
         out.print(found.report, markup=False)
     for row in found.rows:
-        out.print(f"\n{row.source}: {sum(row.trained)} of {len(row.trained)} tokens are trained", style="bold", markup=False)
+        out.print(
+            f"\n{row.source}: {sum(row.trained)} of {len(row.trained)} tokens are trained", style="bold", markup=False
+        )
         line = Text()
         for token, trained in zip(row.tokens, row.trained, strict=True):
             line.append(token.replace("\n", "⏎\n"), style="black on green" if trained else "dim")

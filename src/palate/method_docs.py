@@ -47,7 +47,12 @@ class Explanation(NamedTuple):
     settings: list[Setting]
 
     def __str__(self) -> str:
-        lines = [self.text, "", f"Needs {', '.join(self.needs)}; trains {', '.join(self.trains)}; reads {self.reads}.", ""]
+        lines = [
+            self.text,
+            "",
+            f"Needs {', '.join(self.needs)}; trains {', '.join(self.trains)}; reads {self.reads}.",
+            "",
+        ]
         lines += [f"  {s.name}: {s.type} = {s.default_text}  {s.text}".rstrip() for s in self.settings]
         return "\n".join(lines)
 
@@ -117,9 +122,10 @@ def docstring_entries(doc: str | None) -> dict[str, str]:
 
 def _function_docs(module: ModuleType | None) -> dict[str, str]:
     found: dict[str, str] = {}
-    for name, function in vars(module).items() if module else ():
-        if inspect.isfunction(function) and not name.startswith("_") and function.__module__ == module.__name__:
-            found |= docstring_entries(function.__doc__)
+    if module is not None:
+        for name, function in vars(module).items():
+            if inspect.isfunction(function) and not name.startswith("_") and function.__module__ == module.__name__:
+                found |= docstring_entries(function.__doc__)
     return found
 
 
@@ -145,9 +151,7 @@ def _comments_of_one(cls: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for number, line in enumerate(lines, start=1):
         field = re.match(r"\s+(\w+)\s*:\s*[^=\s]", line)
-        if not field or field[1] not in cls.__dict__.get("__annotations__", inspect.get_annotations(cls)):
-            continue
-        if number in comments:
+        if field and number in comments and field[1] in inspect.get_annotations(cls):
             texts = [comments[number][1], *_continued(lines, comments, number)]
             found.setdefault(field[1], " ".join(texts))
     return found

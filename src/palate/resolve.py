@@ -74,7 +74,9 @@ def require_all(config: RunConfig) -> None:
     """
     method = config.method.settings
     if config.data.train is None:
-        raise ConfigError(f'no data given: {config.method.name} reads {method.reads}. Give --data, or "data:" in the file.')
+        raise ConfigError(
+            f'no data given: {config.method.name} reads {method.reads}. Give --data, or "data:" in the file.'
+        )
     if "reward" in method.needs and "reward" not in method.trains and config.reward is None:
         raise ConfigError(
             f"{config.method.name} needs a reward. Give --reward: a reward model's folder (runs/reward/model), a classifier, "

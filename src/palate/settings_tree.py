@@ -110,7 +110,9 @@ def read_overrides(texts: Iterable[str]) -> Layer:
     for text in texts:
         key, equals, value = text.partition("=")
         if not equals or not all(key.split(".")):
-            raise ConfigError(f"{text!r} is not an override. Write section.key=value, as in training.learning_rate=1e-5.")
+            raise ConfigError(
+                f"{text!r} is not an override. Write section.key=value, as in training.learning_rate=1e-5."
+            )
         put(layer, key, parse_value(value), f"override {text}")
     return layer
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ class Mean(NamedTuple):
     """A weighted sum and the sum of its weights; added over microbatches and ranks, divided once by the loop."""
 
     total: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count, which nobody counts with
 
     @classmethod
     def of(cls, values: Tensor, weight: Tensor | None = None) -> Mean:
@@ -36,7 +36,10 @@ class Mean(NamedTuple):
             values: any shape.
             weight: the same shape or None. Bool: True = counts, and a False slot may hold NaN. Float: a weight >= 0,
                 and a slot of weight 0 may hold NaN.
+
+        Sums are in float32 at least: a count of more than 256 is no bf16 number.
         """
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
         if weight is None:
             return cls(values.sum(), values.new_tensor(float(values.numel())))
         kept = weight if weight.dtype == torch.bool else weight != 0
@@ -89,8 +92,9 @@ class Tokens:
         return self.ids.shape[0]
 
     def select(self, rows: Tensor) -> Tokens:
-        """The given rows, in the given order, trimmed to the longest of them."""
-        width = max(1, int(self.attention_mask[rows].sum(-1).max())) if len(rows) else 1
+        """The given rows, in the given order, without the columns that pad all of them on the right."""
+        real = self.attention_mask[rows].any(0).nonzero()
+        width = int(real[-1]) + 1 if len(real) else 1
         return Tokens(
             self.ids[rows, :width],
             self.attention_mask[rows, :width],
@@ -116,7 +120,7 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def select(self: B, rows: Tensor) -> B:
+    def select(self, rows: Tensor) -> Self:
         """The given rows, in the given order, with the pairs whose two rows are both among them."""
         tokens = self.tokens.select(rows)
         changes: dict[str, Any] = {"tokens": tokens}
@@ -277,7 +281,7 @@ def groups(batch: Batch) -> list[Tensor]:
     group = batch.tokens.group
     _, counts = torch.unique(group, return_counts=True)
     order = torch.argsort(group, stable=True)
-    return list(order.split(counts.tolist()))
+    return list(torch.split(order, counts.tolist()))
 
 
 def microbatches(batch: B, max_tokens: int) -> Iterator[B]:

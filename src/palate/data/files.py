@@ -204,7 +204,9 @@ def _table(path: Path, name: str, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)  # the default, 128 KiB a cell, is less than a long conversation
     with _opened(path, name) as file:
         reader = csv.DictReader(file, delimiter=delimiter)
-        line = 2
+        while reader.fieldnames == []:  # blank lines before the header
+            reader.fieldnames = None
+        line = reader.line_num + 1
         for record in reader:
             if None in record or None in record.values():
                 wanted = len(reader.fieldnames or ())
@@ -247,7 +249,9 @@ def _folder(folder: Path, split: str) -> Iterator[Row]:
     inside = (p for p in sorted(folder.rglob("*")) if not any(s.startswith(".") for s in p.relative_to(folder).parts))
     files = [p for p in inside if p.is_file() and _suffix(p) in SUFFIXES]
     if not files:
-        raise DataError(f"{folder}: no data in this folder. Expected files named {', '.join('*' + s for s in SUFFIXES)}.")
+        raise DataError(
+            f"{folder}: no data in this folder. Expected files named {', '.join('*' + s for s in SUFFIXES)}."
+        )
     named = {p: _split_of(p.relative_to(folder)) for p in files}
     if any(named.values()):
         files = [p for p in files if named[p] == split]

@@ -217,7 +217,9 @@ def _check_message(message: Any, name: str, source: str) -> None:
     if not isinstance(message, dict) or "role" not in message or "content" not in message:
         raise DataError(at(source, f'{name} is {describe(message)}. Expected {{"role": "user", "content": "..."}}.'))
     if message["role"] not in ROLES:
-        raise DataError(at(source, f"{name} has the unknown role {message['role']!r}. Known roles: {', '.join(ROLES)}."))
+        raise DataError(
+            at(source, f"{name} has the unknown role {message['role']!r}. Known roles: {', '.join(ROLES)}.")
+        )
     _check_text(message["content"], f'{name}["content"]', source)
 
 

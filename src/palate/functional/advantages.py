@@ -45,11 +45,12 @@ def leave_one_out(scores: Tensor, group: Tensor) -> Tensor:
 
     Args:
         scores: [N], reward units.
-        group: int64 [N]. A group of one has nothing to compare with: its advantage is 0.
+        group: int64 [N]. A group of one has nothing to compare with: its advantage is 0. Equal scores give exactly 0.
     """
     total, count, index = _group_sums(scores, group)
-    others = (count[index] - 1).clamp(min=1)
-    return torch.where(count[index] > 1, scores - (total[index] - scores) / others, 0)
+    others = (count - 1).clamp(min=1)[index]
+    equal = _group_range(scores, index, len(count)) == 0
+    return torch.where(equal[index], 0, scores - (total[index] - scores) / others)
 
 
 def group_relative(scores: Tensor, group: Tensor, *, scale: bool = True, ddof: int = 1, eps: float = 1e-4) -> Tensor:

@@ -7,8 +7,8 @@ With y_t drawn from pi and d_t = log pi(y_t) - log pi_ref(y_t), three estimators
     k2 = d^2 / 2            biased, low variance
 
 Their values agree on average; their *gradients* do not. As a term of a loss, k1 has no expected gradient at all, and k3
-per token has that of the forward KL at each state (METHODS of the papers in ``docs/kl.md``). Palate therefore charges k1
-in the reward.
+per token has that of the forward KL at each state (Tang and Munos 2025, arXiv:2506.09477; arXiv:2512.21852). Palate therefore
+charges k1 in the reward.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 
 def exact_kl(logits: Tensor, reference_logits: Tensor) -> Tensor:
     """KL(softmax(logits) || softmax(reference_logits)) over the last axis; nats, >= 0. [..., V] -> [...]"""
-    logp, logq = logits.float().log_softmax(-1), reference_logits.float().log_softmax(-1)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logp, logq = logits.to(wide).log_softmax(-1), reference_logits.to(wide).log_softmax(-1)
     p = logp.exp()
-    return torch.where(p > 0, p * (logp - logq), 0).sum(-1)
+    return (p * torch.where(p > 0, logp - logq, 0)).sum(-1)  # 0 log 0 = 0, also in the gradient

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = 1 << 21  # logits alive at once: 8 MB in float32, so that they stay near the processor's cache
 
@@ -38,7 +39,10 @@ def logprobs_and_entropy(
         log-probabilities [M] and entropies [M], nats, float32 (float64 for float64 input), differentiable in hidden,
         weight and bias; matrix products in hidden's type, all else and the sums of gradients in float32.
     """
-    return _HeadLogprobs.apply(hidden, weight, bias, targets, temperature, softcap, with_entropy)
+    found: tuple[Tensor, Tensor] = _HeadLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, targets, temperature, softcap, with_entropy
+    )
+    return found
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> Tensor:
@@ -65,7 +69,7 @@ class _HeadLogprobs(torch.autograd.Function):
         weight_, bias_ = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
         logprobs, entropies, normalisers = [], [], []
-        for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        for h, y in zip(torch.split(hidden, chunk), torch.split(targets, chunk), strict=True):
             logits = _logits(h, weight_, bias_, temperature, softcap)
             picked = logits.gather(-1, y[:, None]).squeeze(-1)
             if with_entropy:
@@ -87,6 +91,7 @@ class _HeadLogprobs(torch.autograd.Function):
         return torch.cat([empty, *logprobs]), entropy
 
     @staticmethod
+    @once_differentiable  # a second derivative would be silently wrong
     def backward(ctx: Any, logprob_grad: Tensor, entropy_grad: Tensor) -> tuple[Tensor | None, ...]:
         """d logp/d logit = onehot - p;   d H/d logit = -p (log p + H);   the chain through tanh and temperature."""
         hidden, weight, bias, targets, normalisers, entropies = ctx.saved_tensors

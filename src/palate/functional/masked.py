@@ -23,6 +23,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 def masked_variance(values: Tensor, mask: Tensor, *, ddof: int = 0) -> Tensor:
     """Variance over True slots, divided by (count - ddof); 0 when that is not positive."""
+    values = torch.where(mask, values, 0)
     deviation = torch.where(mask, values - masked_mean(values, mask), 0)
     count = mask.sum() - ddof
     return torch.where(count > 0, deviation.square().sum() / count.clamp(min=1), 0)
@@ -40,15 +41,18 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, ddof: int =
 
     Source: Ziegler et al. 2019 (arXiv:1909.08593), released code.
     """
-    mean = masked_mean(values, mask)
-    scaled = (values - mean) * torch.rsqrt(masked_variance(values, mask, ddof=ddof) + eps)
-    return torch.where(mask, scaled if shift_mean else scaled + mean, 0)
+    # Junk goes before any product: 0 * NaN in a backward pass is NaN. In float64, because the mean of equal float32
+    # numbers is often not that number, and with nearly no variance the difference would be scaled up to 1.
+    wide = torch.where(mask, values, 0).double()
+    mean = masked_mean(wide, mask)
+    scaled = (wide - mean) * torch.rsqrt(masked_variance(wide, mask, ddof=ddof) + eps)
+    return torch.where(mask, scaled if shift_mean else scaled + mean, 0).to(values.dtype)
 
 
 class Moments(NamedTuple):
     """Count, mean and sum of squared deviations of everything seen so far; floats, so that JSON keeps them exactly."""
 
-    count: float = 0.0
+    count: float = 0.0  # type: ignore[assignment]  # hides tuple.count
     mean: float = 0.0
     squares: float = 0.0
 

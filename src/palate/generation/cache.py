@@ -27,6 +27,7 @@ class _Place:
     width: int
     copies: int
     size: tuple[int, int]
+    values_upright: bool
 
 
 class RowCache(Cache):
@@ -36,10 +37,11 @@ class RowCache(Cache):
         rows, columns: the buffer's size, [rows, heads, columns, head size] in each layer.
         copies: rows that share a prompt, K; prompt number p fills rows p K to (p + 1) K.
         width: tokens of the longest prompt; the first sampled token goes into this column.
+        values_upright: values lie in memory as [rows, heads, head size, columns], as ``attention.py`` reads them.
     """
 
-    def __init__(self, *, rows: int, columns: int, copies: int, width: int) -> None:
-        self.place = _Place(slice(0, rows), 0, width, copies, (rows, columns))
+    def __init__(self, *, rows: int, columns: int, copies: int, width: int, values_upright: bool = False) -> None:
+        self.place = _Place(slice(0, rows), 0, width, copies, (rows, columns), values_upright)
         self.filled = width
         super().__init__(layer_class_to_replicate=partial(_Layer, self.place))  # type: ignore[arg-type]
 
@@ -79,6 +81,8 @@ class _Layer(CacheLayerMixin):
     """One layer's buffers, allocated when the layer is first used."""
 
     is_sliding = False  # a sliding window is cut by the mask
+    keys: Any  # tensors, once the layer is used
+    values: Any
 
     def __init__(self, place: _Place) -> None:
         super().__init__()
@@ -88,7 +92,11 @@ class _Layer(CacheLayerMixin):
         rows, columns = self.place.size
         # Zeros, not junk: a masked column has weight 0, but 0 * NaN is NaN.
         self.keys = key_states.new_zeros(rows, key_states.shape[1], columns, key_states.shape[-1])
-        self.values = value_states.new_zeros(rows, value_states.shape[1], columns, value_states.shape[-1])
+        if self.place.values_upright:
+            upright = value_states.new_zeros(rows, value_states.shape[1], value_states.shape[-1], columns)
+            self.values = upright.transpose(-1, -2)
+        else:
+            self.values = value_states.new_zeros(rows, value_states.shape[1], columns, value_states.shape[-1])
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ from palate.generation.settings import SamplingSettings
 if TYPE_CHECKING:
     from palate.generation.cache import RowCache
 
-_PROMPT_TOKENS_AT_ONCE = 4096  # padding included; bounds the memory of reading prompts
+# Prompt tokens of one forward, padding included. A CPU gains nothing from more and loses by the padding.
+_PROMPT_TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ def decode(
     uniform: Tensor,
     stop: Tensor,
     limit: Tensor,
+    values_upright: bool,
     ended: Callable[[int], None],
 ) -> Drawn:
     """Sample ``copies`` responses to each prompt. To be called under ``torch.no_grad`` with the model in eval mode.
@@ -81,7 +83,7 @@ def decode(
     device, steps = limit.device, int(limit.max())
     length = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(copies)
     width, rows = len(prompts[-1]), len(length)
-    cache = RowCache(rows=rows, columns=width + steps, copies=copies, width=width)
+    cache = RowCache(rows=rows, columns=width + steps, copies=copies, width=width, values_upright=values_upright)
     forward = _forward(model, cache)
     # Without padding no mask is needed, and attention is faster.
     mask = _left_mask(length, width, width + steps) if int(length.min()) < width else None
@@ -113,10 +115,10 @@ def _left_mask(length: Tensor, width: int, columns: int) -> Tensor:
 
 def _read_prompts(forward: Any, prompts: Sequence[Sequence[int]], cache: RowCache, device: torch.device) -> Tensor:
     """Fill the cache; the logits [P, V] of each prompt's next token."""
-    logits, first = [], 0
+    logits, first, at_once = [], 0, _PROMPT_TOKENS_AT_ONCE.get(device.type, 8192)
     while first < len(prompts):
         last = first + 1
-        while last < len(prompts) and (last + 1 - first) * len(prompts[last]) <= _PROMPT_TOKENS_AT_ONCE:
+        while last < len(prompts) and (last + 1 - first) * len(prompts[last]) <= at_once:
             last += 1
         length = torch.tensor([len(prompt) for prompt in prompts[first:last]], device=device)
         width = len(prompts[last - 1])
@@ -131,7 +133,7 @@ def _read_prompts(forward: Any, prompts: Sequence[Sequence[int]], cache: RowCach
 
 def _forward(model: nn.Module, cache: RowCache) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """A function (ids [R, n], positions [R, n], mask [R, all columns] or None) -> logits float32 [R, V]."""
-    core = model.get_base_model() if hasattr(model, "get_base_model") else model  # a PeftModel hides the signature
+    core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # a PeftModel hides the signature
     accepted = inspect.signature(core.forward).parameters
     if "past_key_values" not in accepted:
         raise ModelError(

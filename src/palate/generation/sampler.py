@@ -22,6 +22,7 @@ from torch import nn
 from palate.errors import ModelError
 from palate.generation.checks import check_request, check_room, context_length, name_prompt
 from palate.generation.decode import Drawn, decode
+from palate.generation.packed import packed_linears
 from palate.generation.settings import SamplingSettings
 from palate.generation.uniform import uniforms
 from palate.types import Tokens
@@ -89,8 +90,15 @@ def sample(
         if progress is not None:
             progress(ended, rows)
 
+    from palate.generation.attention import one_token_attention  # imports transformers
+
     # no_grad, not inference_mode: whatever a model keeps of a forward must stay usable in training.
-    with torch.no_grad(), _eval_mode(model):
+    with (
+        torch.no_grad(),
+        _eval_mode(model),
+        packed_linears(model, min(rows, max_batch_rows)),
+        one_token_attention(model, device) as upright,
+    ):
         for batch in _batches(prompts, samples_per_prompt, max_batch_rows):
             prompt = torch.tensor(batch.prompts, device=device).repeat_interleave(len(batch.samples))
             number = torch.tensor(batch.samples, device=device).repeat(len(batch.prompts))
@@ -104,6 +112,7 @@ def sample(
                 uniform=uniforms(seed, prompt, number, int(limit.max())),
                 stop=stop,
                 limit=limit,
+                values_upright=upright,
                 ended=count,
             )
             whole.put(prompt * samples_per_prompt + number, drawn)
@@ -162,7 +171,9 @@ def _tokens(
     column = torch.arange(int(after.max()) if len(after) else 0)
     attention_mask, response_mask = column < after, (column >= before) & (column < after)
     ids = torch.zeros(attention_mask.shape, dtype=torch.long)
-    ids[column < before] = torch.tensor([t for prompt in prompts for _ in range(copies) for t in prompt])
+    ids[column < before] = torch.tensor(
+        [t for prompt in prompts for _ in range(copies) for t in prompt], dtype=torch.long
+    )
     ids[response_mask] = drawn.ids[drawn_mask]
     logprobs = torch.zeros(ids.shape)
     logprobs[response_mask] = drawn.logprobs[drawn_mask]

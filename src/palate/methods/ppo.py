@@ -20,17 +20,20 @@ Left out: sharing one trunk between policy and value (two models, as InstructGPT
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from palate.errors import ConfigError
+from palate.errors import ConfigError, DataError
 from palate.functional.advantages import gae
 from palate.functional.divergences import k2, k3
 from palate.functional.masked import Moments, whiten
 from palate.models.forward import score_responses, token_logprobs, token_logprobs_and_entropy, token_values
 from palate.types import Mean, Models, Tokens, Trajectories
+
+MAX_LOG_RATIO = 40.0  # nats; above it a ratio and its gradient would leave float32: held there, with no gradient
 
 
 def token_rewards(logprobs: Tensor, reference_logprobs: Tensor, scores: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
@@ -44,7 +47,12 @@ def token_rewards(logprobs: Tensor, reference_logprobs: Tensor, scores: Tensor, 
     """
     rewards = torch.where(mask, -kl_coef * (logprobs - reference_logprobs), 0)
     is_last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
-    return rewards + is_last * scores[:, None]
+    return torch.where(is_last, rewards + scores[:, None], rewards)
+
+
+def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """rho = pi / pi_old, elementwise, at most exp(40): far beyond any clip, and finite in every float type."""
+    return (logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO).exp()
 
 
 def ppo_policy_loss(
@@ -58,7 +66,7 @@ def ppo_policy_loss(
         clip: > 0; the paper uses 0.2.
         dual_clip: where A < 0 the loss is at most -dual_clip * A (arXiv:1912.09729 eq. 5); > 1, typically 3; None = off.
     """
-    ratio = (logprobs - old_logprobs).exp()
+    ratio = probability_ratio(logprobs, old_logprobs)
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
@@ -87,6 +95,16 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, hor
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * episodes / horizon)
+
+
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("epochs", "minibatches", "ptx_batch_size"), lambda x: x >= 1, "1 or more"),
+    (("clip", "value_clip", "score_clip", "temperature"), lambda x: x > 0, "a number above 0"),
+    (("adaptive_kl_target", "adaptive_kl_horizon", "target_kl", "kl_budget"), lambda x: x > 0, "a number above 0"),
+    (("kl_coef", "value_coef", "entropy_coef", "missing_eos_penalty", "ptx_coef"), lambda x: x >= 0, "0 or more"),
+    (("gamma", "lam"), lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    (("dual_clip",), lambda x: x > 1, "a number above 1"),
+)
 
 
 @dataclass(frozen=True)
@@ -143,7 +161,7 @@ class PPO:
     ptx_coef: float = 0.0
     ptx_batch_size: int = 32
     temperature: float = 1.0
-    score_moments: Moments = Moments()
+    score_moments: Moments = field(default_factory=Moments)
 
     needs = ("policy", "reference", "reward", "value")
     trains = ("policy", "value")
@@ -152,8 +170,11 @@ class PPO:
     def __post_init__(self) -> None:
         if self.missing_eos_score is not None and self.missing_eos_penalty:
             raise ConfigError("missing_eos_score replaces the score, missing_eos_penalty is subtracted from it: set one.")
-        if self.kl_coef < 0 or self.clip <= 0 or self.temperature <= 0 or self.epochs < 1 or self.minibatches < 1:
-            raise ConfigError("ppo: kl_coef >= 0, clip > 0, temperature > 0, epochs >= 1 and minibatches >= 1 are needed.")
+        for names, holds, wanted in _RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if value is not None and not holds(value):
+                    raise ConfigError(f"ppo: {name} = {value!r}, expected {wanted}.")
 
     def prepare(self, models: Models, batch: Tokens) -> Trajectories:
         """Old and reference log-probs, scores, values, token rewards, advantages; the whole batch, no gradient."""
@@ -189,6 +210,8 @@ class PPO:
             scores = scores.clamp(-self.score_clip, self.score_clip)
         finished = batch.extras.get("finished")
         if finished is None:
+            if self.missing_eos_score is not None or self.missing_eos_penalty:
+                raise DataError('ppo: missing_eos_* is set, but the sampler did not say which responses are "finished".')
             return scores
         finished = torch.as_tensor(finished, device=scores.device)
         if self.missing_eos_score is not None:
@@ -209,7 +232,7 @@ class PPO:
         values = token_values(models.value, batch.tokens)[mask]
         value = ppo_value_loss(values, batch.values[mask], batch.returns[mask], self.value_clip)
         total = policy + self.value_coef * value - self.entropy_coef * entropy
-        ratio = (logprobs - old).detach().exp()
+        ratio = probability_ratio(logprobs.detach(), old)
         clipped = torch.where(advantages > 0, ratio > 1 + self.clip, ratio < 1 - self.clip) & (advantages != 0)
         ones = torch.ones_like(policy)
         return {

@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from palate.errors import ConfigError
 from palate.functional.preference import bradley_terry_loss
 from palate.models.forward import response_scores
 from palate.types import Comparisons, Mean, Models
@@ -53,6 +53,12 @@ class RewardModel:
     needs = ("reward",)
     trains = ("reward",)
     reads = "comparisons"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ConfigError(f"reward: label_smoothing = {self.label_smoothing!r}, expected a number in [0, 0.5).")
+        if self.centring < 0:
+            raise ConfigError(f"reward: centring = {self.centring!r}, expected 0 or more.")
 
     def prepare(self, models: Models, batch: Comparisons) -> Comparisons:
         """Nothing: every term of the loss has a gradient."""

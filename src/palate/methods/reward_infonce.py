@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from palate.errors import ConfigError
 from palate.functional.preference import infonce_loss, pad_groups
 from palate.models.forward import response_scores
 from palate.types import Mean, Models, Rankings
@@ -32,6 +33,10 @@ class RewardInfoNCE:
     trains = ("reward",)
     reads = "rankings"
 
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ConfigError(f"reward_infonce: temperature = {self.temperature!r}, expected a number above 0.")
+
     def prepare(self, models: Models, batch: Rankings) -> Rankings:
         """Nothing: every term of the loss has a gradient."""
         return batch
@@ -47,10 +52,12 @@ class RewardInfoNCE:
         positive, negatives, below = padded[group, column], padded[group], worse[group]
         loss = infonce_loss(positive / self.temperature, negatives / self.temperature, below)
         weight = below.any(-1) / best.sum(-1)[group]
-        picked = positive[:, None] > negatives.masked_fill(~below, -float("inf"))
+        rivals = negatives.masked_fill(~below, -float("inf")).detach()
+        equal = (positive[:, None] == rivals).sum(-1)  # scores as high as the best one's share its place
+        picked = (positive[:, None] >= rivals).all(-1) / (1 + equal)
         return {
             "loss": Mean.of(loss, weight),
-            "reward/accuracy": Mean.of(picked.all(-1).detach().to(loss.dtype), weight),
+            "reward/accuracy": Mean.of(picked, weight),
         }
 
 

@@ -82,9 +82,7 @@ def add_lora(model: nn.Module, settings: LoraSettings, *, seed: int, scalar: boo
     )
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", message="fan_in_fan_out is set"
-            )  # GPT-2's Conv1D; peft corrects it itself
+            _ignore_pefts_own()
             torch.manual_seed(seed)
             return get_peft_model(model, config)  # type: ignore[arg-type]
     except ValueError as error:
@@ -149,13 +147,19 @@ def attach_adapter(model: nn.Module, where: str, *, trainable: bool, scalar: boo
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
-            warnings.filterwarnings("ignore", message="fan_in_fan_out is set")
+            _ignore_pefts_own()
             return PeftModel.from_pretrained(model, where, config=config, is_trainable=trainable)  # type: ignore[arg-type]
     except (ValueError, RuntimeError, KeyError, UserWarning) as error:
         raise ModelError(
             f"{where}: this adapter does not fit its base {config.base_model_name_or_path} ({type(model).__name__}): "
             f"{first_line(error)} Load it with the base that it was trained on."
         ) from error
+
+
+def _ignore_pefts_own() -> None:
+    """Warnings that nobody can act on: GPT-2's Conv1D, which peft corrects itself, and a name of transformers."""
+    warnings.filterwarnings("ignore", message="fan_in_fan_out is set")
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
 
 
 def merge_adapter(model: nn.Module) -> nn.Module:

@@ -93,3 +93,14 @@ def check_reads_last_token(model: Any, where: str) -> None:
         f"{where}: {type(model).__name__} does not read its score off the last token with one linear layer, so it has no "
         'value for every token. As a reward it can serve as {"classifier": ..., "label": ...}.'
     )
+
+
+def context_length(model: Any, tokenizer: Any) -> int:
+    """Tokens that a model can read at most."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    limit = getattr(config, "max_position_embeddings", None) or 10**9
+    embeddings = getattr(getattr(model, "base_model", None), "embeddings", None)
+    first = getattr(embeddings, "padding_idx", None)
+    if isinstance(first, int):
+        limit -= first + 1  # RoBERTa counts positions from there
+    return int(min(limit, tokenizer.model_max_length))

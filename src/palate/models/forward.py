@@ -2,7 +2,8 @@
 
 Callers hand in rows and get [N, T] or [N]; how it is computed is nobody else's business:
 
-* rows are sorted by length and run in small buckets, so that padding costs little and no batch is ever too large;
+* models that ``trunk.py`` knows run on real tokens alone, with a group's shared prompt computed once; of others rows are
+  sorted by length and run in small buckets, so that padding costs little and no batch is ever too large;
 * real tokens are moved to the front of their row first, so that padding on either side, and whatever padded slots hold,
   never changes a result; a causal model then needs no attention mask, which is the fast path of every kernel;
 * the vocabulary projection is made only where a response token is, in chunks (``functional.logprobs``);
@@ -20,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from palate.functional.logprobs import logprobs_and_entropy
+from palate.models import trunk
 from palate.models.heads import scalar_head
-from palate.types import Reward, Scored, Tokens
+from palate.types import Reward, Scored, Tokens, groups
 
-BUCKET_TOKENS = {"cpu": 1024, "cuda": 16384}  # padded tokens of one trunk call; larger only costs memory
+BUCKET_TOKENS = {"cpu": 1024, "cuda": 16384}  # tokens of one trunk call; larger only costs memory
 
 
 def token_logprobs(model: nn.Module, tokens: Tokens, *, temperature: float = 1.0) -> Tensor:
@@ -54,23 +56,15 @@ def response_logprobs(model: nn.Module, tokens: Tokens) -> Tensor:
 
 def token_values(model: nn.Module, tokens: Tokens) -> Tensor:
     """The scalar model's value of the state in which each response token was chosen; [N, T], zero elsewhere."""
-    return _scatter(
-        tokens,
-        [
-            (bucket.source_row, bucket.source_column, _scalar(model, hidden[bucket.row, bucket.position - 1]))
-            for bucket, hidden in _run(model, tokens)
-        ],
-    )
+    return _scatter(tokens, [(read.row, read.column, _scalar(model, read.states)) for read in _run(model, tokens)])
 
 
 def response_scores(model: nn.Module, tokens: Tokens) -> Tensor:
     """The scalar model's score of each whole response, read at its last token; float32 [N], reward units."""
-    parts = []
-    for bucket, hidden in _run(model, tokens):
-        last = torch.ones_like(bucket.row, dtype=torch.bool)
-        last[:-1] = bucket.row[1:] != bucket.row[:-1]
-        state = hidden[bucket.row[last], bucket.position[last]]
-        parts.append((bucket.source_row[last], torch.zeros_like(bucket.row[last]), _scalar(model, state)))
+    parts = [
+        (read.row, torch.zeros_like(read.column), _scalar(model, read.states))
+        for read in _run(model, tokens, at_last=True)
+    ]
     return _scatter(tokens, parts)[:, 0]
 
 
@@ -122,16 +116,126 @@ def _bucket(tokens: Tokens, rows: Tensor, width: int) -> _Bucket:
     return _Bucket(ids, row, position, rows[row], source[row, position])
 
 
-def _run(model: nn.Module, tokens: Tokens) -> Iterator[tuple[_Bucket, Tensor]]:
-    """Each bucket with the trunk's last hidden states [n, W, H]."""
+class _Read(NamedTuple):
+    """Last hidden states, and the response tokens that they speak about."""
+
+    states: Tensor  # [M, H]
+    row: Tensor  # int64 [M], in the caller's arrays
+    column: Tensor  # int64 [M]
+    target: Tensor  # int64 [M], the token
+
+
+def _run(model: nn.Module, tokens: Tokens, *, at_last: bool = False) -> Iterator[_Read]:
+    """The state before every response token, or (``at_last``) the one at each row's last, some rows at a time."""
     inner, adapter = _unwrap(model)
+    way = _flat if _has_flat_trunk(inner) else _padded
+    for read in way(inner, adapter, tokens, at_last):
+        yield read
+
+
+_flat_trunk: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def _has_flat_trunk(model: Any) -> bool:
+    """Can ``trunk`` run the model, and does it give the model's own states? Found out by trying, once a model."""
+    if not trunk.supported(model):
+        return False
+    if model not in _flat_trunk:
+        _flat_trunk[model] = _agrees_flat(model)
+    return _flat_trunk[model]
+
+
+@torch.no_grad()
+def _agrees_flat(model: Any) -> bool:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(36).view(3, 12) * 7) % vocabulary
+    ids[1, :5] = ids[0, :5]  # two rows that share a prompt, and one alone
+    column = torch.arange(12).expand(3, 12)
+    real, response = column < torch.tensor([[12], [9], [10]]), column > 4
+    tokens = Tokens(ids, real, real & response, torch.tensor([0, 0, 1]))
+    ways = [[*way(model, contextlib.nullcontext, tokens, False)] for way in (_padded, _flat)]
+    own, flat = (_scatter_states(tokens, reads) for reads in ways)
+    tolerance = 1e-3 if own.dtype == torch.float32 else 5e-2
+    return bool(torch.allclose(own, flat, atol=tolerance, rtol=tolerance))
+
+
+def _scatter_states(tokens: Tokens, reads: list[_Read]) -> Tensor:
+    """States of several reads in the order of the caller's rows and columns: [M, H]."""
+    row, column, states = (torch.cat(part) for part in zip(*((r.row, r.column, r.states) for r in reads), strict=True))
+    return states[torch.argsort(row * tokens.ids.shape[1] + column)]
+
+
+def _padded(model: Any, adapter: _Context, tokens: Tokens, at_last: bool) -> Iterator[_Read]:
+    """Through the model's own forward, bucket by bucket."""
     for bucket in _buckets(tokens):
-        with adapter(), _autocast(inner, bucket.ids.device):
-            hidden = inner.base_model(input_ids=bucket.ids, use_cache=False).last_hidden_state
-        yield bucket, hidden
+        with adapter(), _autocast(model, bucket.ids.device):
+            hidden = model.base_model(input_ids=bucket.ids, use_cache=False).last_hidden_state
+        row, position = bucket.row, bucket.position
+        chosen = torch.ones_like(row, dtype=torch.bool)
+        if at_last:
+            chosen[:-1] = row[1:] != row[:-1]
+        row, position = row[chosen], position[chosen]
+        yield _Read(
+            hidden[row, position if at_last else position - 1],
+            bucket.source_row[chosen],
+            bucket.source_column[chosen],
+            bucket.ids[row, position],
+        )
 
 
-def _unwrap(model: nn.Module) -> tuple[Any, Callable[[], contextlib.AbstractContextManager[Any]]]:
+def _flat(model: Any, adapter: _Context, tokens: Tokens, at_last: bool) -> Iterator[_Read]:
+    """Through ``trunk``, some groups at a time."""
+    for rows in _some_groups(tokens):
+        plan: list[list[trunk.Row]] = []
+        numbers, columns, targets, wanted = [], [], [], []
+        begun = 0
+        for group in rows:
+            plan.append([])
+            for number in group:
+                source = tokens.attention_mask[number].nonzero()[:, 0]
+                positions = tokens.response_mask[number, source].nonzero()[:, 0]
+                if not len(positions):
+                    continue
+                if at_last:
+                    positions = positions[-1:]
+                assert int(positions[0]) > 0, "a row begins with a response token: nothing predicts it"
+                where = positions if at_last else positions - 1
+                ids = tokens.ids[number, source]
+                first, last = int(where[0]), int(where[-1])
+                plan[-1].append(trunk.Row(ids[: last + 1].tolist(), first))
+                wanted.append(where - first + begun)
+                begun += last + 1 - first
+                numbers.append(torch.full_like(positions, number))
+                columns.append(source[positions])
+                targets.append(ids[positions])
+        if numbers:
+            with adapter(), _autocast(model, tokens.ids.device):
+                states = trunk.states(model, trunk.layout([group for group in plan if group]))
+            index = torch.cat(wanted)
+            states = states if len(index) == len(states) else states[index]
+            yield _Read(states, torch.cat(numbers), torch.cat(columns), torch.cat(targets))
+
+
+def _some_groups(tokens: Tokens) -> Iterator[list[list[int]]]:
+    """Row numbers, group by group, of at most ``BUCKET_TOKENS`` tokens."""
+    budget = BUCKET_TOKENS["cpu"]
+    lengths = tokens.attention_mask.sum(-1).tolist()
+    held, part = 0, []
+    for rows in groups(tokens):
+        size = sum(lengths[row] for row in rows.tolist())
+        if part and held + size > budget:
+            yield part
+            held, part = 0, []
+        part.append(rows.tolist())
+        held += size
+    if part:
+        yield part
+
+
+_Context = Callable[[], contextlib.AbstractContextManager[Any]]
+
+
+def _unwrap(model: nn.Module) -> tuple[Any, _Context]:
     """The Hugging Face model inside an adapter or ``AdapterOff``, and the context to run it in."""
     context = getattr(model, "context", contextlib.nullcontext)
     model = getattr(model, "policy", model) if context is not contextlib.nullcontext else model
@@ -146,31 +250,28 @@ def _autocast(model: nn.Module, device: torch.device) -> contextlib.AbstractCont
 
 
 def _scalar(model: nn.Module, states: Tensor) -> Tensor:
-    """Head, in float32, and normalisation: [M, H] -> [M], reward units."""
+    """Head, in float32 at least, and normalisation: [M, H] -> [M], reward units."""
     inner, _ = _unwrap(model)
-    raw = scalar_head(inner)(states.float()).squeeze(-1)
+    raw = scalar_head(inner)(_wide(states)).squeeze(-1)
     return (raw - getattr(inner.config, "score_mean", 0.0)) / getattr(inner.config, "score_std", 1.0)
 
 
 def _logprobs(model: nn.Module, tokens: Tokens, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor]:
     inner, adapter = _unwrap(model)
     head = _plain_head(inner)
-    logprobs, entropies = [], []
-    for bucket, (logprob, entropy) in (
+    found = (
         _whole_model(inner, adapter, tokens, temperature)
         if head is None
         else (
-            (bucket, head(hidden[bucket.row, bucket.position - 1], _targets(bucket), temperature, with_entropy))
-            for bucket, hidden in _run(model, tokens)
+            (read.row, read.column, *head(read.states, read.target, temperature, with_entropy))
+            for read in _run(model, tokens)
         )
-    ):
-        logprobs.append((bucket.source_row, bucket.source_column, logprob))
-        entropies.append((bucket.source_row, bucket.source_column, entropy))
+    )
+    logprobs, entropies = [], []
+    for row, column, logprob, entropy in found:
+        logprobs.append((row, column, logprob))
+        entropies.append((row, column, entropy))
     return _scatter(tokens, logprobs), _scatter(tokens, entropies if with_entropy else [])
-
-
-def _targets(bucket: _Bucket) -> Tensor:
-    return bucket.ids[bucket.row, bucket.position]
 
 
 _Head = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
@@ -220,12 +321,18 @@ def _agrees(model: Any, head: _Head) -> bool:
 
 
 def _whole_model(
-    model: Any, adapter: Callable[[], Any], tokens: Tokens, temperature: float
-) -> Iterator[tuple[_Bucket, tuple[Tensor, Tensor]]]:
+    model: Any, adapter: _Context, tokens: Tokens, temperature: float
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The slow way, right for any model: all logits of a bucket, then the response tokens' rows."""
     for bucket in _buckets(tokens):
         with adapter(), _autocast(model, bucket.ids.device):
             logits = model(input_ids=bucket.ids, use_cache=False).logits
-        logp = (logits[bucket.row, bucket.position - 1].float() / temperature).log_softmax(-1)
-        yield bucket, (logp.gather(-1, _targets(bucket)[:, None]).squeeze(-1), -(logp.exp() * logp).sum(-1))
+        logp = (_wide(logits[bucket.row, bucket.position - 1]) / temperature).log_softmax(-1)
+        entropy = -(logp.exp() * torch.where(logp > -torch.inf, logp, 0)).sum(-1)
+        target = bucket.ids[bucket.row, bucket.position]
+        yield bucket.source_row, bucket.source_column, logp.gather(-1, target[:, None]).squeeze(-1), entropy
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 

@@ -122,7 +122,7 @@ def load_policy(
         model = adapters.attach_adapter(model, place, trainable=trainable, scalar=False)
         model = adapters.merge_adapter(model) if lora else model
     check_weights(model, where)
-    model = model.to(_device(device))
+    model = model.to(device_of(device))
     check_left_to_right(model, where)
     return _ready(model, lora, trainable=trainable, seed=seed, keep_dropout=keep_dropout, scalar=False)
 
@@ -170,7 +170,7 @@ def load_scalar(
         model = model if own_head and not lora else adapters.merge_adapter(model)
     check_weights(model, where)
     normalisation(model)  # raises on nonsense
-    model = model.to(_device(device))
+    model = model.to(device_of(device))
     check_left_to_right(model, where)
     return _ready(model, lora, trainable=trainable, seed=seed, keep_dropout=keep_dropout, scalar=True)
 
@@ -232,7 +232,7 @@ def _pretrained(
     import transformers
     from safetensors import SafetensorError
 
-    weights, compute = _dtypes(dtype)
+    weights, compute = dtypes_of(dtype)
     if not keep_dropout:
         without_dropout_config(config)
     try:
@@ -342,7 +342,7 @@ def _ready(
     return model
 
 
-def _dtypes(dtype: str | torch.dtype) -> tuple[torch.dtype, torch.dtype | None]:
+def dtypes_of(dtype: str | torch.dtype) -> tuple[torch.dtype, torch.dtype | None]:
     """(of the weights, of the arithmetic when it differs)."""
     known = {
         "float32": (torch.float32, None),
@@ -355,7 +355,7 @@ def _dtypes(dtype: str | torch.dtype) -> tuple[torch.dtype, torch.dtype | None]:
     return known[name]
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_of(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError as error:

@@ -19,6 +19,7 @@ from torch import nn
 from palate.errors import PalateError, RunError
 from palate.models import adapters
 from palate.models.heads import HEAD_NAMES, base_of, normalisation
+from palate.models.quiet import quiet
 
 
 def save_model(
@@ -44,7 +45,7 @@ def save_model(
     Args:
         folder: written to ``.<name>.saving`` beside it and renamed.
         overwrite: replace an earlier model folder; any other existing folder is refused.
-        stop_token_ids: ids that end a response, besides the tokenizer's and the model's own.
+        stop_token_ids: ids that end a response (``chat.stop_token_ids``), besides the model's own and the tokenizer's.
     Raises:
         RunError: the folder exists, or cannot be written (disk full); what was there is untouched.
     """
@@ -57,11 +58,23 @@ def save_model(
     stops = _stop_ids(inner, tokenizer, stop_token_ids)
     if scalar:
         inner.config.pad_token_id = _spare_pad_id(tokenizer, stops)
+        inner.config.eos_token_id = (
+            (stops if len(stops) > 1 else stops[0]) if stops else None
+        )  # it has no generation config
     elif stops and getattr(inner, "generation_config", None) is not None:
         inner.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
-    with new_folder(folder, overwrite=overwrite) as target:
+        _make_savable(inner.generation_config)
+    with new_folder(folder, overwrite=overwrite) as target, quiet():
         _write(model, target, scalar=scalar, merge=merge_adapter)
         tokenizer.save_pretrained(target)
+
+
+def _make_savable(generation_config: Any) -> None:
+    """Published configs often name a temperature without ``do_sample``; once changed, transformers refuses to save them."""
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:
+        generation_config.do_sample = True
 
 
 def _write(model: Any, target: Path, *, scalar: bool, merge: bool) -> None:
@@ -83,13 +96,13 @@ def _write(model: Any, target: Path, *, scalar: bool, merge: bool) -> None:
 
 
 def _stop_ids(model: Any, tokenizer: Any, more: Sequence[int]) -> list[int]:
-    """What ends a text: the model's own stop ids, the tokenizer's, and the given ones; in order, each once."""
+    """What ends a text: the given ids (the first is the one that is trained), the model's own, the tokenizer's."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if own is None:
         own = model.config.eos_token_id
     own = [own] if isinstance(own, int) else list(own or ())
     last = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    return list(dict.fromkeys([*own, *last, *map(int, more)]))
+    return list(dict.fromkeys([*map(int, more), *own, *last]))
 
 
 def _spare_pad_id(tokenizer: Any, stops: Sequence[int]) -> int | None:

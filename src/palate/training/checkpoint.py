@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,16 +36,18 @@ def save_checkpoint(
         RunError: the disk is full or not writable; earlier checkpoints are untouched.
     """
     target, temporary = folder / f"step-{step}", folder / f".tmp-step-{step}"
-    if target.exists():
-        return target
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_file(_weights(parameters), temporary / "weights.safetensors")
         save_file(_optimizer_tensors(parameters, optimizer), temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+        checksums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
+        text = json.dumps({"step": step, **state, "checksums": checksums}, indent=1)
+        (temporary / "state.json").write_text(text, encoding="utf-8")
         for file in temporary.iterdir():
             _to_disk(file)
+        if target.exists():  # it could not be read, or the run would not be here again
+            shutil.rmtree(target)
         temporary.rename(target)
         _to_disk(folder)
     except (OSError, SafetensorError) as error:
@@ -67,6 +70,7 @@ def load_newest(folder: Path, parameters: Parameters, optimizer: torch.optim.Opt
     for path in reversed(list_checkpoints(folder)):
         try:
             state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            _check_whole(path, state)
             tensors = load_file(path / "optimizer.safetensors")
             load_weights(path, parameters)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -75,7 +79,8 @@ def load_newest(folder: Path, parameters: Parameters, optimizer: torch.optim.Opt
         _load_optimizer(parameters, optimizer, tensors)
         return {**state, "skipped": skipped}
     if skipped:
-        raise RunError("No checkpoint could be read:\n  " + "\n  ".join(skipped))
+        found = "\n  ".join(skipped)
+        raise RunError(f"No checkpoint could be read:\n  {found}\nRemove {folder} to start this run from its beginning.")
     return None
 
 
@@ -92,7 +97,8 @@ def load_weights(path: Path, parameters: Parameters) -> None:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    numbered = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(numbered, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def remove_old(folder: Path, keep_last: int, best_step: int | None) -> None:
@@ -112,8 +118,9 @@ def restored_method(method: Method, state: Mapping[str, Any]) -> Method:
     values = {}
     for name, value in state.items():
         current = getattr(method, name)
-        is_named_tuple = isinstance(current, tuple) and hasattr(current, "_fields")
-        values[name] = type(current)(*value) if is_named_tuple else value
+        if isinstance(current, tuple):
+            value = type(current)(*value) if hasattr(current, "_fields") else tuple(value)
+        values[name] = value
     return dataclasses.replace(method, **values)  # type: ignore[type-var]
 
 
@@ -138,6 +145,23 @@ def _load_optimizer(parameters: Parameters, optimizer: torch.optim.Optimizer, te
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if prefix + key in tensors:
                     optimizer.state[p][key] = tensors[prefix + key].to(p.device)
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _check_whole(path: Path, state: Mapping[str, Any]) -> None:
+    """Every file is there, byte for byte, and the state says all that a run goes on from."""
+    for key in ("step", "method", "best", "stopped", "sizes"):
+        state[key]
+    for name, wanted in state["checksums"].items():
+        if _checksum(path / name) != wanted:
+            raise ValueError(f"{name} is not what was written")
 
 
 def _to_disk(path: Path) -> None:

@@ -69,7 +69,7 @@ class Run:
     collate_pretraining: Callable[[Sequence[Item]], Tokens] | None = None
     starts_at_reference: bool = False
     dtype: str = "float32"
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     best: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
 
@@ -84,6 +84,9 @@ def train(run: Run) -> Iterator[Metrics]:
     Raises:
         ModelError: NaN or Inf, or a check of ``training.guards`` failed. RunError: a checkpoint could not be written.
     """
+    if not run.items:
+        raise DataError(f"{run.folder}: there is nothing to train on; the data gave no items.")
+    run.folder.mkdir(parents=True, exist_ok=True)
     settings, total = run.settings, run.settings.total_steps(len(run.items))
     evaluate_every, save_every = steps_of(settings.eval_every, total), steps_of(settings.save_every, total)
     parameters = trained_parameters(run.models, run.method)
@@ -99,16 +102,16 @@ def train(run: Run) -> Iterator[Metrics]:
         log.append(run.folder, "metrics.jsonl", metrics)
         yield metrics | times
         done = step + 1
-        run.stopped = _reason_to_stop(run, metrics) or (f"all {total} batches done" if done == total else None)
-        due = run.stopped or (evaluate_every and done % evaluate_every == 0)
+        run.stopped = _reason_to_stop(run, metrics)
         improved = False
-        if run.validation and due:
+        if run.validation and (run.stopped or done == total or (evaluate_every and done % evaluate_every == 0)):
             evaluation = _evaluation(run, done)
             improved = _is_best(run, evaluation)
             run.stopped = run.stopped or _patience(run, done, evaluate_every)
             yield evaluation
-        if run.stopped or improved or (save_every and done % save_every == 0):
+        if run.stopped or done == total or improved or (save_every and done % save_every == 0):
             _save(run, parameters, optimizer, done)
+    run.stopped = run.stopped or f"all {total} batches done"  # in no checkpoint: a run may be given more of them
     if _keeps_best(settings) and run.best:
         checkpoint.load_weights(run.folder / "checkpoints" / f"step-{int(run.best['step'])}", parameters)
 
@@ -182,7 +185,7 @@ def _batch(
         run.method = run.method.adapt(batch)
     tokens = batch.tokens
     counts = {"tokens/all": int(tokens.attention_mask.sum()), "tokens/response": int(tokens.response_mask.sum())}
-    metrics = {"step": step + 1, "split": "train"} | {name: mean.item() for name, mean in sorted(sums.items())}
+    metrics: Metrics = {"step": step + 1, "split": "train"} | {name: mean.item() for name, mean in sorted(sums.items())}
     metrics |= {"learning_rate": learning_rate, "updates": updates} | counts
     return metrics, clock.times | {"tokens/second": counts["tokens/all"] / sum(clock.times.values())}
 

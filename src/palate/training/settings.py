@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from palate.errors import ConfigError
@@ -71,7 +72,10 @@ class TrainingSettings:
 
     def total_steps(self, items: int) -> int:
         """Batches in the whole run over ``items`` prompts."""
-        return self.max_steps or max(1, round(self.epochs * items / self.batch_size))
+        if self.max_steps:
+            return self.max_steps
+        batches = self.epochs * items / min(self.batch_size, max(1, items))
+        return max(1, math.ceil(batches - 1e-9))  # up: no item of the last epoch is left out
 
 
 def steps_of(value: float, total: int) -> int:

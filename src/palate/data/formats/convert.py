@@ -149,9 +149,11 @@ def _target(where: str | Path, overwrite: bool) -> Iterator[TextIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.{next(_NUMBERS)}.partial")
     try:
-        with gzip.open(partial, "wt", encoding="utf-8") if path.suffix == ".gz" else open(
-            partial, "w", encoding="utf-8", newline="\n"
-        ) as file:
+        with (
+            gzip.open(partial, "wt", encoding="utf-8")
+            if path.suffix == ".gz"
+            else open(partial, "w", encoding="utf-8", newline="\n") as file
+        ):
             yield file  # type: ignore[misc]
         if path.exists() and not overwrite:
             raise DataError(f"{where} appeared while it was being written, and is not overwritten.")

@@ -3,6 +3,8 @@
     {"history": [[user, assistant], ...], "prompt": text, "response": text}                    demonstrations
     {"history"?, "prompt", "ranked_responses": [best, ..., worst]}                             rankings, comparisons
     {"history", "prompt", "chosen", "rejected"}                                                comparisons
+
+Earlier turns may also be a list of messages. Without history a prompt stays plain text.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
     {"messages": [{"role", "content"}, ...]}                                      demonstrations, of every turn
     {"input": {"messages": [...]}, "preferred_output": [message], "non_preferred_output": [message]}   comparisons
+
+Turns after the assistant's last one are left out. Tool calls are kept for the template.
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
     {"prompt", "responses": [text, ...], "ranks": [1 = best, ...], "annotator"?: text}
     {"prompt", "response", "desirable": bool, "annotator"?: text}
     {"prompt", anything else}
+
+A question mark means: may be missing. "margin" is in reward units, "probability" that of ``chosen`` being better.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
     {"conversations": [{"from": "human" | "gpt" | "system" | ..., "value": text}, ...], "system"?: text}
     {"conversations", "chosen": {"from", "value"}, "rejected": {...}}             comparisons
     {"conversations", "kto_tag": bool}                                            judgements
+
+Roles are translated: human to user, gpt to assistant, observation to tool.
 """
 
 from __future__ import annotations

@@ -14,7 +14,17 @@ from __future__ import annotations
 from typing import Any
 
 from palate.data.formats import fields
-from palate.data.kinds import Comparison, Conversation, Demonstration, Judgement, Message, Prompt, PromptText, Record, at
+from palate.data.kinds import (
+    Comparison,
+    Conversation,
+    Demonstration,
+    Judgement,
+    Message,
+    Prompt,
+    PromptText,
+    Record,
+    at,
+)
 from palate.errors import DataError
 
 

@@ -1,0 +1,101 @@
+"""Records for a stage: read, refused when they are of another kind, split by prompt, encoded with an account."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from palate.config import RunConfig
+from palate.data.chat import Chat
+from palate.data.collate import Item, encode_records
+from palate.data.ranking import split_by_prompt
+from palate.data.records import KINDS, Record, read_records
+from palate.errors import DataError
+from palate.lookup import find_method, method_names
+
+Say = Callable[[str], None]
+
+
+class Sides(NamedTuple):
+    """Records or items to train on and to evaluate on."""
+
+    train: list[Any]
+    validation: list[Any]
+
+
+def read_sides(config: RunConfig) -> Sides:
+    """The records of ``data.train``, and of ``data.validation`` or a share of the prompts of ``data.train``.
+
+    Raises:
+        DataError: a file is missing or malformed, or holds records of a kind that the method does not read.
+    """
+    data, kind = config.data, config.method.settings.reads
+    train = _read(config, str(data.train), kind, data.limit)
+    if data.validation is not None:
+        return Sides(train, _read(config, data.validation, kind, None))
+    return Sides(*split_by_prompt(train, data.validation_fraction, config.training.seed, by=data.split_by))
+
+
+def _read(config: RunConfig, where: str, kind: str, limit: int | None) -> list[Record]:
+    data = config.data
+    try:
+        return read_records(where, kind, format=data.format, split=data.split, limit=limit, rename=data.rename or None)
+    except DataError as error:
+        other = None if where == "-" else kind_of(where, format=data.format, split=data.split, but=kind)
+        if other is None:
+            raise
+        readers = [name for name in method_names() if find_method(name).METHOD.reads == other]
+        others = f" Methods that read {other}: {', '.join(readers)}." if readers else ""
+        raise DataError(
+            f"{error}\n{config.method.name} reads {kind}, and {where} looks like {other}.{others}"
+        ) from None
+
+
+def kind_of(where: str, *, format: str = "auto", split: str = "train", but: str = "") -> str | None:
+    """The most particular kind as which the first record can be read, or None."""
+    for kind in ("rankings", "comparisons", "judgements", "demonstrations", "prompts"):
+        assert kind in KINDS
+        if kind != but:
+            try:
+                read_records(where, kind, format=format, split=split, limit=1)
+            except DataError:
+                continue
+            return kind
+    return None
+
+
+def encode_sides(config: RunConfig, sides: Sides, chat: Chat, say: Say) -> Sides:
+    """Items of both sides; what was cut and dropped is said.
+
+    Raises:
+        DataError: nothing is left to train on.
+    """
+    kind, data = config.method.settings.reads, config.data
+    found: list[list[Item]] = []
+    for name, records in (("train", sides.train), ("validation", sides.validation)):
+        if not records:
+            found.append([])
+            say(f"{name:<11}none held out" if name == "validation" else f"{name:<11}nothing")
+            continue
+        items, report = encode_records(
+            records,
+            kind,
+            chat,
+            max_length=data.max_length or 0,
+            max_prompt_length=data.max_prompt_length,
+            truncate=data.truncate,
+        )
+        say(f"{name:<11}{report}")
+        found.append(items)
+    return Sides(*found)
+
+
+def pretraining_items(config: RunConfig, chat: Chat, say: Say) -> list[Item]:
+    """Items of ``data.pretraining``: demonstrations, for a method that mixes in their loss; else none."""
+    data = config.data
+    if data.pretraining is None:
+        return []
+    records = read_records(data.pretraining, "demonstrations", split=data.split)
+    items, report = encode_records(records, "demonstrations", chat, max_length=data.max_length or 0)
+    say(f"{'pretraining':<11}{report}")
+    return items

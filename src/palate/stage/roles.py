@@ -1,0 +1,139 @@
+"""Exactly the roles that a method needs, frozen where they are not trained, with the bill."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from palate.config import RunConfig
+from palate.data.chat import Chat
+from palate.errors import ConfigError, ModelError
+from palate.models.load import load_policy, load_scalar, new_policy
+from palate.models.rewards import load_reward
+from palate.models.roles import AdapterOff, reference_of
+from palate.types import Models
+
+
+def trained_role(config: RunConfig) -> str:
+    """The role that ``model`` plays: the policy, or for a method that only trains a reward, the reward."""
+    return "policy" if "policy" in config.method.settings.needs else config.method.settings.trains[0]
+
+
+def load_trained(config: RunConfig, tokenizer: Any) -> nn.Module:
+    """The model that is trained, from ``config.model``.
+
+    Raises:
+        ModelError: it cannot play its role. ConfigError: a model from scratch as a reward.
+    """
+    role, seed = trained_role(config), config.training.seed
+    if isinstance(config.model, dict):
+        if role != "policy" or config.lora is not None:
+            raise ConfigError("a model from scratch can only be a policy without LoRA. Train it with sft first.")
+        return _placed(new_policy(config.model, tokenizer, seed), config)
+    load = load_policy if role == "policy" else load_scalar
+    return load(
+        config.model, dtype=config.dtype, device=config.device, lora=config.lora, seed=seed, tokenizer=tokenizer
+    )
+
+
+def _placed(model: nn.Module, config: RunConfig) -> nn.Module:
+    if config.dtype == "bfloat16":
+        model = model.to(torch.bfloat16)
+    elif config.dtype == "mixed":
+        model.compute_dtype = torch.bfloat16  # type: ignore[assignment]
+    return model.to(config.device).train(False)
+
+
+def load_roles(config: RunConfig, trained: nn.Module, chat: Chat) -> Models:
+    """The other roles beside the one that is trained.
+
+    Raises:
+        ModelError: a folder cannot play its role. ConfigError: a setting of a role is wrong.
+    """
+    needs = config.method.settings.needs
+    models = Models(**{trained_role(config): trained})
+    place: dict[str, Any] = {"dtype": config.dtype, "device": config.device}
+    if "reference" in needs:
+        models.reference = reference_of(trained, config.reference, tokenizer=chat.tokenizer, **place)
+    if "reward" in needs and models.reward is None:
+        assert config.reward is not None
+        models.reward = load_reward(config.reward, chat, **place)
+    if "value" in needs:
+        where, why = value_source(config, models.reward)
+        try:
+            models.value = load_scalar(
+                where, lora=config.lora, seed=config.training.seed + 1, tokenizer=chat.tokenizer, **place
+            )
+        except ModelError as error:
+            raise ModelError(f"value model ({why}): {error}") from error
+    for role in ("policy", "reference", "reward", "value"):
+        model = getattr(models, role)
+        shares = isinstance(model, AdapterOff)  # its weights are the policy's
+        if isinstance(model, nn.Module) and not shares and role not in config.method.settings.trains:
+            model.requires_grad_(False).eval()
+    return models
+
+
+def value_source(config: RunConfig, reward: Any) -> tuple[str, str]:
+    """(folder, reason): the setting, else the reward model's folder (InstructGPT), else the policy's."""
+    if config.value is not None:
+        return config.value, "from value"
+    # A reward that is a plain model was found to read the policy's own token ids.
+    if isinstance(reward, nn.Module) and isinstance(config.reward, str):
+        return config.reward, "from the reward model"
+    if isinstance(config.model, dict):
+        raise ConfigError("the value model has nothing to start from: the policy is new. Give --value FOLDER.")
+    return config.model, "from the policy, with a new head"
+
+
+class Role(NamedTuple):
+    """A line of the bill."""
+
+    role: str
+    what: str
+    parameters: int
+    trained: int
+    dtype: str
+    weights: int  # bytes
+    training: int  # bytes of gradients and AdamW's two moments
+
+
+def bill(models: Models, trains: tuple[str, ...]) -> list[Role]:
+    """What each role holds in memory. A role that shares another's weights costs nothing."""
+    lines = []
+    for role in ("policy", "reference", "reward", "value"):
+        model = getattr(models, role)
+        if isinstance(model, AdapterOff):
+            lines.append(Role(role, "policy, adapter off", 0, 0, "", 0, 0))
+        elif isinstance(model, nn.Module):
+            lines.append(_line(role, type(_inner(model)).__name__, model, role in trains))
+        elif model is not None:
+            inside = getattr(model, "model", None)
+            name = f"{type(model).__name__} {getattr(model, 'name', '')}".strip()
+            lines.append(
+                _line(role, name, inside, False) if isinstance(inside, nn.Module) else Role(role, name, 0, 0, "", 0, 0)
+            )
+    return lines
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _line(role: str, what: str, model: nn.Module, trains: bool) -> Role:
+    parameters = list({id(p): p for p in model.parameters()}.values())
+    learning = [p for p in parameters if trains and p.requires_grad]
+    sizes: dict[str, int] = {}
+    for p in parameters:
+        sizes[str(p.dtype).removeprefix("torch.")] = sizes.get(str(p.dtype).removeprefix("torch."), 0) + p.numel()
+    return Role(
+        role,
+        what,
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in learning),
+        max(sizes, key=lambda name: sizes[name]) if sizes else "",
+        sum(p.numel() * p.element_size() for p in parameters),
+        sum(3 * p.numel() * p.element_size() for p in learning),
+    )

@@ -1,0 +1,238 @@
+"""``run_stage``: the order in which a stage's parts are called; each part is elsewhere."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from palate.config import RunConfig
+from palate.data.chat import Chat
+from palate.data.collate import Item, collate
+from palate.errors import ConfigError
+from palate.models.load import load_policy, load_tokenizer
+from palate.models.save import save_model
+from palate.report.metrics import read_metrics
+from palate.report.page import report_run
+from palate.resolve import FILLED, facts_of, require_all, resolved, with_device
+from palate.run_folder import open_run, write_text
+from palate.stage import outcome
+from palate.stage.chats import chat_of
+from palate.stage.progress import speaker, watched
+from palate.stage.records import Sides, encode_sides, pretraining_items, read_sides
+from palate.stage.roles import bill, load_roles, load_trained, trained_role
+from palate.stage.trackers import check_trackers, open_trackers
+from palate.training.loop import Run, train
+from palate.training.rollouts import Rollout
+from palate.types import Models
+
+Say = Callable[[Any], None]
+
+
+class Stage(NamedTuple):
+    """Everything loaded, before the first step."""
+
+    config: RunConfig
+    chat: Chat
+    models: Models
+    items: Sides
+    pretraining: list[Item]
+    conversations: bool  # some prompt is a conversation
+
+    @property
+    def trained(self) -> nn.Module:
+        model: nn.Module = getattr(self.models, trained_role(self.config))
+        return model
+
+
+def run_stage(config: RunConfig, *, quiet: bool = False) -> Path:
+    """Train one method to its end; returns the run's folder, with ``model/`` in it.
+
+    The same settings on an unfinished folder resume it, on a finished one do nothing. Progress and tables go to standard
+    error.
+
+    Args:
+        config: from ``load_config``; what depends on the model is filled in here.
+        quiet: print nothing.
+    Raises:
+        ConfigError, DataError, ModelError, RunError: each says what to do.
+    """
+    say = speaker(quiet)
+    config = with_device(config)
+    require_all(config)
+    check_trackers(config.trackers)
+    if open_run(config, unresolved=FILLED) == "finished":
+        say(
+            f"{config.out}: this run is finished; its model is in {config.out / 'model'}. For another run, give another --out."
+        )
+        return config.out
+    stage = load_stage(config, say)
+    config = stage.config
+    if open_run(config) == "unfinished":
+        say(f"{config.out}: going on with an unfinished run.")
+    trackers = open_trackers(config.trackers, config.run_name, config.out, config.to_dict())
+    witness = before = None
+    if stage.models.policy is not None:
+        shown = stage.items.validation or stage.items.train
+        witness = outcome.Witness(config, stage.chat, shown, stage.models.reward)
+        before = witness.responses(stage.models.policy, 0, "before")
+    run = loop_run(stage)
+    total = config.training.total_steps(len(stage.items.train))
+    last: dict[str, dict[str, Any]] = {}
+    try:
+        for metrics in watched(train(run), total, config.run_name, quiet):
+            last[metrics["split"]] = metrics
+            for tracker in trackers:
+                tracker.log(metrics)
+    finally:
+        for tracker in trackers:
+            tracker.close()
+    say(f"stopped: {run.stopped}")
+    _finish(stage, run, witness, before, say)
+    return config.out
+
+
+def load_stage(config: RunConfig, say: Say) -> Stage:
+    """Records, chat, items and roles; nothing is written."""
+    where = config.model if isinstance(config.model, str) else None
+    tokenizer = load_tokenizer(config.tokenizer or str(config.model))
+    chat = chat_of(where, tokenizer, config.data.chat_template, config.data.system)
+    for finding in chat.check():
+        say(f"chat template: {finding}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        sides = read_sides(config)
+    for warning in caught:
+        say(str(warning.message))
+    say(f"loading {trained_role(config)} from {config.model}")
+    model = load_trained(config, tokenizer)
+    config = resolved(config, facts_of(model))
+    for key, reason in config.filled.items():
+        say(f"{key} = {_value(config, key)}   ({reason})")
+    items = encode_sides(config, sides, chat, say)
+    models = load_roles(config, model, chat)
+    say(_bill_table(config, models))
+    conversations = any(not isinstance(record.prompt, str) for record in sides.train)
+    return Stage(config, chat, models, items, pretraining_items(config, chat, say), conversations)
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    value: Any = config.to_dict()
+    for part in key.split("."):
+        value = value[part]
+    return value
+
+
+def _bill_table(config: RunConfig, models: Models) -> Table:
+    """What each role holds in memory: weights, and for trained ones gradients and AdamW's moments."""
+    table = Table(title=f"roles of {config.method.name} on {config.device}", title_justify="left")
+    for name in ("role", "what"):
+        table.add_column(name, overflow="fold")
+    for name in ("parameters", "trained", "dtype", "weights", "gradients + AdamW"):
+        table.add_column(name, justify="right")
+    for line in bill(models, config.method.settings.trains):
+        cells = (
+            line.role,
+            line.what,
+            f"{line.parameters:,}",
+            f"{line.trained:,}" if line.trained else "frozen",
+            line.dtype,
+        )
+        table.add_row(*(Text(cell) for cell in (*cells, _bytes(line.weights), _bytes(line.training))))
+    return table
+
+
+def _bytes(count: int) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.1f} {unit}" if unit != "B" else f"{count} B"
+        count /= 1024  # type: ignore[assignment]
+    raise AssertionError
+
+
+def loop_run(stage: Stage) -> Run:
+    """What the loop is given."""
+    config, chat, method = stage.config, stage.chat, stage.config.method.settings
+    samples = method.reads == "prompts"
+    if getattr(method, "ptx_coef", 0.0) and not stage.pretraining:
+        raise ConfigError("method.ptx_coef mixes in a pre-training loss. Give the texts: data.pretraining=FILE.")
+    rollout = None
+    if samples:
+        assert stage.models.policy is not None
+        rollout = Rollout(stage.models.policy, chat, config.sampling, config.samples_per_prompt)
+    return Run(
+        folder=config.out,
+        method=method,
+        models=stage.models,
+        settings=config.training,
+        items=stage.items.train,
+        validation=stage.items.validation,
+        collate=None if samples else lambda items: collate(items, method.reads),
+        rollout=rollout,
+        pretraining=stage.pretraining,
+        collate_pretraining=lambda items: collate(items, "demonstrations").tokens,
+        starts_at_reference=stage.models.reference is not None and config.reference in (None, config.model),
+        dtype="float32" if config.dtype == "float32" else "bfloat16",
+        device=torch.device(config.device),
+    )
+
+
+def _finish(stage: Stage, run: Run, witness: outcome.Witness | None, before: Any, say: Say) -> None:
+    """Everything after the last step; it can be repeated, and gives the same files."""
+    config, folder = stage.config, stage.config.out
+    sections: dict[str, str] = {}
+    if "reward" in config.method.settings.trains:
+        sections = _finish_reward(stage, say)
+    if witness is not None:
+        assert stage.models.policy is not None
+        last_step = max((line["step"] for line in read_metrics(folder / "metrics.jsonl")), default=0)
+        outcome.write_samples(folder, before, witness.responses(stage.models.policy, last_step, "after"))
+    _save(stage)
+    last = {line.get("split", "train"): line for line in read_metrics(folder / "metrics.jsonl")}
+    report_run(folder)
+    # The card is the sign that nothing is left to do: it is written last.
+    write_text(folder / "card.md", outcome.card(config, {"Why it stopped": str(run.stopped), **sections}, last))
+    say(f"model: {folder / 'model'}   report: {folder / 'report.html'}")
+
+
+def _finish_reward(stage: Stage, say: Say) -> dict[str, str]:
+    """Normalise the reward and judge it on what was held out."""
+    config, model, method = stage.config, stage.trained, stage.config.method.settings
+    sections: dict[str, str] = {}
+    # Judged before it is normalised: likelihood and calibration belong to the scale that it was trained on.
+    report = outcome.held_out_report(model, stage.items.validation, method.reads, config.training.seed)
+    if report is not None:
+        text = (
+            f"accuracy {report.accuracy} on {report.pairs} held-out pairs, NLL {report.nll:.3f}, ECE {report.ece:.3f}"
+        )
+        if report.length is not None:
+            text += f'; "the longer one wins" has {report.length.longer_wins}'
+        say(f"held out: {text}")
+        sections["Held-out pairs"] = text[0].upper() + text[1:] + "."
+        write_text(config.out / "evaluation.json", json.dumps(report.as_dict(), indent=1) + "\n")
+    reference = None
+    if config.reference is not None:
+        reference = load_policy(config.reference, dtype=config.dtype, device=config.device, trainable=False)
+    batches, source = outcome.reference_responses(config, stage.chat, stage.items.train, reference)
+    outcome.normalise_reward(model, batches)
+    sections["Normalisation"] = f"Scores have mean 0 and standard deviation 1 on {source}."
+    return sections
+
+
+def _save(stage: Stage) -> None:
+    tokenizer = stage.chat.tokenizer
+    if stage.conversations and tokenizer.chat_template is None:
+        tokenizer.chat_template = stage.chat.conversation_template
+    model: Any = stage.trained
+    stops = list(stage.chat.stop_token_ids)
+    if stops:  # a reward has no generation config: its own config says where responses end
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner.config.eos_token_id = stops[0] if len(stops) == 1 else stops
+    save_model(model, tokenizer, stage.config.out / "model", overwrite=True, stop_token_ids=stops)

@@ -1,0 +1,86 @@
+"""Slow definitions in plain Python floats: what the papers' formulas say, one element at a time, without a tensor."""
+
+import math
+
+
+def sigmoid_log(x):
+    """log sigmoid(x), stable on both sides."""
+    return -math.log1p(math.exp(-x)) if x > -30 else x - math.exp(x)
+
+
+def log_sum_exp(values):
+    top = max(values)
+    return top + math.log(sum(math.exp(v - top) for v in values))
+
+
+def log_softmax(logits):
+    total = log_sum_exp(logits)
+    return [x - total for x in logits]
+
+
+def entropy(logits):
+    return -sum(math.exp(x) * x for x in log_softmax(logits) if x > -700)
+
+
+def mean(values):
+    return sum(values) / len(values) if values else 0.0
+
+
+def variance(values, ddof=0):
+    m = mean(values)
+    return sum((v - m) ** 2 for v in values) / (len(values) - ddof) if len(values) > ddof else 0.0
+
+
+def whiten(values, shift_mean=True, ddof=0, eps=1e-8):
+    """One flat list of the values that count."""
+    m, scale = mean(values), 1 / math.sqrt(variance(values, ddof) + eps)
+    return [(v - m) * scale + (0.0 if shift_mean else m) for v in values]
+
+
+def gae(rewards, values, gamma, lam):
+    """One response: A_t = sum_l (gamma lam)^l delta_{t+l}, written as the double sum of arXiv:1506.02438 eq. 16."""
+    after = [*values, 0.0]
+    delta = [rewards[t] + gamma * after[t + 1] - values[t] for t in range(len(rewards))]
+    advantages = [
+        sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, len(delta))) for t in range(len(delta))
+    ]
+    return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
+
+
+def bradley_terry(chosen, rejected, margin=0.0, probability=1.0, smoothing=0.0):
+    lead = chosen - rejected - margin
+    p = (1 - smoothing) * probability + smoothing * (1 - probability)
+    return -p * sigmoid_log(lead) - (1 - p) * sigmoid_log(-lead)
+
+
+def infonce(positive, negatives):
+    return log_sum_exp([positive, *negatives]) - positive
+
+
+def plackett_luce(scores, ranks):
+    """Best of what is left, again and again; a tie says nothing about its own members."""
+    return sum(
+        log_sum_exp([scores[i], *(s for s, r in zip(scores, ranks, strict=True) if r > ranks[i])]) - scores[i]
+        for i in range(len(scores))
+    )
+
+
+def token_rewards(logprobs, reference, score, kl_coef):
+    """One response (Ziegler eq. 2, the charge paid token by token)."""
+    rewards = [-kl_coef * (p - q) for p, q in zip(logprobs, reference, strict=True)]
+    rewards[-1] += score
+    return rewards
+
+
+def ppo_policy(logprob, old, advantage, clip, dual_clip=None):
+    ratio = math.exp(logprob - old)
+    loss = -min(ratio * advantage, min(max(ratio, 1 - clip), 1 + clip) * advantage)
+    return min(loss, -dual_clip * advantage) if dual_clip is not None and advantage < 0 else loss
+
+
+def ppo_value(value, old, target, clip):
+    plain = (value - target) ** 2
+    if clip is None:
+        return 0.5 * plain
+    clipped = min(max(value, old - clip), old + clip)
+    return 0.5 * max(plain, (clipped - target) ** 2)
