@@ -2,6 +2,7 @@
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -120,3 +121,18 @@ def test_a_model_from_scratch_with_an_adapter_is_saved_whole(tmp_path):
     save_model(policy, tokenizer_of(), tmp_path / "m")
     ids = rows(6).ids
     assert torch.allclose(load_policy(tmp_path / "m")(ids).logits, policy(ids).logits, atol=1e-5)
+
+
+def test_when_the_last_rename_fails_the_old_folder_is_put_back(tmp_path, monkeypatch):
+    save_model(tiny(), tokenizer_of(), tmp_path / "m")
+    before, rename = contents(tmp_path / "m"), Path.rename
+
+    def fails(self, target):
+        if self.name.endswith(".saving"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(RunError, match="cannot be written: .*Input/output error.*untouched"):
+        save_model(tiny(seed=1), tokenizer_of(), tmp_path / "m", overwrite=True)
+    assert contents(tmp_path / "m") == before and [p.name for p in tmp_path.iterdir()] == ["m"]

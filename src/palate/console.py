@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 def print_explanation(found: Explanation, shared: Mapping[str, Sequence[Setting]] | None = None) -> None:
     """The method's own words, then its settings; then the settings that every run has, where asked for."""
     out = Console(highlight=False)
-    out.print(found.title, style="bold", markup=False)
-    out.print(found.text.partition("\n")[2], markup=False, soft_wrap=True)
+    first, _, rest = found.text.partition("\n\n")
+    out.print(first, style="bold", markup=False, soft_wrap=True)
+    out.print(f"\n{rest}", markup=False, soft_wrap=True)
     out.print()
     out.print(_roles(found))
     if found.settings:
@@ -56,12 +57,17 @@ def _settings_table(settings: Sequence[Setting], prefix: str) -> Table:
 
 
 def print_methods(found: Sequence[Explanation]) -> None:
-    table = Table()
-    for column in ("method", "paper", "needs", "trains", "reads"):
+    """One line or a few for each method."""
+    table = Table(show_lines=True)
+    table.add_column("method", no_wrap=True, style="cyan")
+    for column in ("what it is, and its paper", "needs", "trains", "reads"):
         table.add_column(column, overflow="fold")
     for each in found:
-        cells = (each.name, each.title, ", ".join(each.needs), ", ".join(each.trains), each.reads)
-        table.add_row(*(Text(cell) for cell in cells))
+        what, _, paper = each.title.partition(" -- ")
+        about = Text.assemble((what, "bold"), f"\n{paper}" if paper else "")
+        table.add_row(
+            Text(each.name), about, *(Text(t) for t in (" ".join(each.needs), " ".join(each.trains), each.reads))
+        )
     out = Console(highlight=False)
     out.print(table)
     out.print("More: palate explain METHOD")
@@ -102,13 +108,3 @@ def progress_line(what: str) -> Callable[[int, int], None]:
         console.print(f"{what} {done}/{total}  {rate:.1f}/s  {left}   ", end=end, highlight=False)
 
     return progress
-
-
-def dictionary_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
-    """A table with one column for each key of the first row; numbers to the right."""
-    table = Table(title=title, title_justify="left")
-    for key, value in rows[0].items() if rows else ():
-        table.add_column(key, justify="right" if isinstance(value, (int, float)) else "left")
-    for row in rows:
-        table.add_row(*(Text(str(value)) for value in row.values()))
-    return table

@@ -39,7 +39,7 @@ class Explanation(NamedTuple):
     """A method as its file describes it."""
 
     name: str
-    title: str  # first line of the docstring
+    title: str  # first paragraph of the docstring: what it is -- its papers
     text: str  # the whole docstring: paper, equations, what was left out
     needs: tuple[str, ...]
     trains: tuple[str, ...]
@@ -67,7 +67,7 @@ def explain(module: ModuleType) -> Explanation:
     text = inspect.cleandoc(module.__doc__ or "(no description)")
     return Explanation(
         name=module.__name__.removeprefix("palate.methods."),
-        title=text.splitlines()[0].strip(),
+        title=" ".join(text.partition("\n\n")[0].split()),
         text=text,
         needs=tuple(method.needs),
         trains=tuple(method.trains),

@@ -110,7 +110,9 @@ class _HeadLogprobs(torch.autograd.Function):
             logits.sub_(normalisers[rows, None])  # now log p
             p = logits.exp()
             if use_entropy:
-                grad = (logits.add_(entropies[rows, None])).mul_(-entropy_grad[rows, None]).sub_(logprob_grad[rows, None])
+                grad = (
+                    (logits.add_(entropies[rows, None])).mul_(-entropy_grad[rows, None]).sub_(logprob_grad[rows, None])
+                )
                 grad.mul_(p)
             else:
                 grad = p.mul_(-logprob_grad[rows, None])

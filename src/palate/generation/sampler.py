@@ -6,8 +6,9 @@ and tokenised again.
 
 What holds for random numbers (``uniform.py``): the same generator state, prompts and weights give the same samples, and
 the generator moves on by one draw however much is sampled. A sample does not depend on the other rows, on
-``max_batch_rows`` or on ``samples_per_prompt`` -- except that matrix products of another shape round otherwise: in
-rare cases (about one token in a million in fp32, one in a few hundred in bf16) a draw falls between the two results.
+``max_batch_rows`` or on ``samples_per_prompt`` -- except that matrix products of another shape round otherwise, and now
+and then a draw falls between the two results; the row goes another way from there. In fp32 that is very rare; in bf16
+most long rows meet it.
 """
 
 from __future__ import annotations
@@ -73,8 +74,6 @@ def sample(
         ConfigError: K, ``max_batch_rows`` or a stop token is out of range, or ``records`` is not one for each prompt.
         DataError: a prompt is empty, holds an id outside the vocabulary, or leaves no room in the model's context.
         ModelError: the model has layers that the cache cannot serve, or its logits are NaN.
-
-    Source: DESIGN.md, section 2 (generation); sampling temperature and nucleus as in arXiv:1904.09751.
     """
     context = context_length(model)
     check_request(model, prompts, samples_per_prompt, stop_token_ids, max_batch_rows, records)

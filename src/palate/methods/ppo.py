@@ -169,7 +169,9 @@ class PPO:
 
     def __post_init__(self) -> None:
         if self.missing_eos_score is not None and self.missing_eos_penalty:
-            raise ConfigError("missing_eos_score replaces the score, missing_eos_penalty is subtracted from it: set one.")
+            raise ConfigError(
+                "missing_eos_score replaces the score, missing_eos_penalty is subtracted from it: set one."
+            )
         for names, holds, wanted in _RANGES:
             for name in names:
                 value = getattr(self, name)
@@ -211,7 +213,9 @@ class PPO:
         finished = batch.extras.get("finished")
         if finished is None:
             if self.missing_eos_score is not None or self.missing_eos_penalty:
-                raise DataError('ppo: missing_eos_* is set, but the sampler did not say which responses are "finished".')
+                raise DataError(
+                    'ppo: missing_eos_* is set, but the sampler did not say which responses are "finished".'
+                )
             return scores
         finished = torch.as_tensor(finished, device=scores.device)
         if self.missing_eos_score is not None:

@@ -129,8 +129,7 @@ def _run(model: nn.Module, tokens: Tokens, *, at_last: bool = False) -> Iterator
     """The state before every response token, or (``at_last``) the one at each row's last, some rows at a time."""
     inner, adapter = _unwrap(model)
     way = _flat if _has_flat_trunk(inner) else _padded
-    for read in way(inner, adapter, tokens, at_last):
-        yield read
+    yield from way(inner, adapter, tokens, at_last)
 
 
 _flat_trunk: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()

@@ -126,8 +126,7 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
 
     folder = Path(folder).absolute()
     saving, replaced = (folder.with_name(f".{folder.name}.{what}") for what in ("saving", "replaced"))
-    if replaced.exists() and not folder.exists():  # a crash between the two renames below
-        replaced.rename(folder)
+    _put_back(replaced, folder)  # after a crash between the two renames below
     if folder.exists() and not overwrite and (folder.is_file() or any(folder.iterdir())):
         raise RunError(f"{folder}: exists already and is not overwritten. Choose another folder or remove this one.")
     try:
@@ -143,12 +142,17 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     except PalateError:
         raise
     except (OSError, SafetensorError) as error:
+        _put_back(replaced, folder)
         raise RunError(_cannot_write(folder, error)) from error
     finally:
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
+        _put_back(replaced, folder)
         shutil.rmtree(saving, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _put_back(replaced: Path, folder: Path) -> None:
+    if replaced.exists() and not folder.exists():
+        replaced.rename(folder)
 
 
 def _to_disk(folder: Path) -> None:

@@ -124,9 +124,13 @@ def _masked_calls(
         part = queries[begin:end]
         rows = {owner[query - start] for query in part}
         own = [start + i for i in range(shared, len(owner)) if owner[i] in rows]
-        keys = (slice(start, own[-1] + 1),) if own[0] == start + shared else (
-            slice(start, start + shared),
-            slice(own[0], own[-1] + 1),
+        keys = (
+            (slice(start, own[-1] + 1),)
+            if own[0] == start + shared
+            else (
+                slice(start, start + shared),
+                slice(own[0], own[-1] + 1),
+            )
         )
         key = torch.cat([torch.arange(s.start, s.stop) for s in keys])
         who, where = torch.tensor(owner)[key - start], torch.tensor(position)[key]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
-from palate.errors import ConfigError
+from palate.errors import ConfigError, DataError
 from palate.settings_tree import closest
 
 if TYPE_CHECKING:
@@ -344,6 +344,8 @@ def _write_lines(where: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _read_lines(where: Path) -> list[dict[str, Any]]:
+    if not where.exists():
+        raise DataError(f"{where}: no such file. Expected what a stage with do: sample writes.")
     with open(where, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 

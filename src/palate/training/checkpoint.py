@@ -80,7 +80,9 @@ def load_newest(folder: Path, parameters: Parameters, optimizer: torch.optim.Opt
         return {**state, "skipped": skipped}
     if skipped:
         found = "\n  ".join(skipped)
-        raise RunError(f"No checkpoint could be read:\n  {found}\nRemove {folder} to start this run from its beginning.")
+        raise RunError(
+            f"No checkpoint could be read:\n  {found}\nRemove {folder} to start this run from its beginning."
+        )
     return None
 
 
@@ -125,7 +127,9 @@ def restored_method(method: Method, state: Mapping[str, Any]) -> Method:
 
 
 def _weights(parameters: Parameters) -> dict[str, Tensor]:
-    return {f"{role}.{name}": p.detach().contiguous() for role, named in parameters.items() for name, p in named.items()}
+    return {
+        f"{role}.{name}": p.detach().contiguous() for role, named in parameters.items() for name, p in named.items()
+    }
 
 
 def _optimizer_tensors(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -206,14 +206,16 @@ def _accumulate(
     for p in trained:
         p.grad = None
     sums: dict[str, Mean] = {}
-    for micro in microbatches(part, run.settings.tokens_per_microbatch):
+    for micro in microbatches(part, run.settings.microbatch_tokens(run.device.type)):
         for name, mean in run.method.loss(run.models, micro).items():
             if name == "loss":
                 mean.total.backward()
             sums[name] = sums[name] + mean.detach() if name in sums else mean.detach()
     count = float(sums["loss"].count)
     if count == 0:
-        raise DataError(f"Step {step + 1}: no row of the batch has anything to train on. See `palate check` on the data.")
+        raise DataError(
+            f"Step {step + 1}: no row of the batch has anything to train on. See `palate check` on the data."
+        )
     divide_gradients(trained, count)
     metrics = {name: mean.item() for name, mean in sums.items()}
     metrics |= _add_pretraining_gradient(run, step, update)
@@ -235,7 +237,7 @@ def _add_pretraining_gradient(run: Run, step: int, update: int) -> dict[str, flo
     items = batch_items(run.pretraining, method.ptx_batch_size, position, run.settings.seed + 1)
     batch = moved(run.collate_pretraining(items), run.device)
     count, total = int(batch.response_mask.sum()), 0.0
-    for micro in microbatches(batch, run.settings.tokens_per_microbatch):
+    for micro in microbatches(batch, run.settings.microbatch_tokens(run.device.type)):
         loss = SFT().loss(run.models, micro)["loss"].total
         (loss * (coefficient / count)).backward()
         total += float(loss.detach())
@@ -252,7 +254,7 @@ def evaluate(run: Run) -> dict[str, float]:
         batch = run.method.prepare(run.models, batch)
         found = dict(getattr(batch, "metrics", {}))
         if run.rollout is None:
-            for micro in microbatches(batch, run.settings.tokens_per_microbatch):
+            for micro in microbatches(batch, run.settings.microbatch_tokens(run.device.type)):
                 for name, mean in run.method.loss(run.models, micro).items():
                     found[name] = found[name] + mean if name in found else mean
         for name, mean in found.items():

@@ -20,7 +20,9 @@ def trained_parameters(models: Models, method: Method) -> dict[str, dict[str, nn
     }
 
 
-def make_optimizer(parameters: Mapping[str, Mapping[str, nn.Parameter]], settings: TrainingSettings) -> torch.optim.AdamW:
+def make_optimizer(
+    parameters: Mapping[str, Mapping[str, nn.Parameter]], settings: TrainingSettings
+) -> torch.optim.AdamW:
     """One AdamW; weight decay on matrices only; each group's ``peak`` is the learning rate that the schedule scales."""
     parts: list[dict[str, object]] = []
     for role, named in parameters.items():

@@ -32,9 +32,7 @@ class Rollout:
     sampling: SamplingSettings
     samples_per_prompt: int = 1
 
-    def __call__(
-        self, items: Sequence[Item], *seed: int, progress: Callable[[int, int], None] | None = None
-    ) -> Tokens:
+    def __call__(self, items: Sequence[Item], *seed: int, progress: Callable[[int, int], None] | None = None) -> Tokens:
         """K responses to each prompt; the same seed numbers give the same samples."""
         with torch.no_grad():
             return sample(

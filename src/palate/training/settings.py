@@ -21,7 +21,8 @@ class TrainingSettings:
         epochs: passes over the data; may be a fraction. Ignored when ``max_steps`` is set.
         max_steps: batches to train on; None = by ``epochs``.
         batch_size: prompts (groups) a batch.
-        tokens_per_microbatch: real tokens in one forward and backward; bounds memory, never changes a result.
+        tokens_per_microbatch: real tokens in one forward and backward; bounds memory, never changes a result. 0 = 2,048 on a
+            CPU, 16,384 on a GPU.
         weight_decay: AdamW's, on matrices only (not on norms, biases and embeddings).
         beta1, beta2, epsilon: AdamW's.
         max_grad_norm: the gradient is scaled down to this norm; 0 = never.
@@ -43,7 +44,7 @@ class TrainingSettings:
     epochs: float = 1.0
     max_steps: int | None = None
     batch_size: int = 32
-    tokens_per_microbatch: int = 4096
+    tokens_per_microbatch: int = 0
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.95
@@ -60,15 +61,31 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number above 0")
-        _require(self.schedule in ("cosine", "linear", "constant"), "schedule", self.schedule, "cosine, linear, constant")
+        _require(
+            self.schedule in ("cosine", "linear", "constant"), "schedule", self.schedule, "cosine, linear, constant"
+        )
         _require(self.best_is in ("lowest", "highest"), "best_is", self.best_is, "lowest or highest")
-        _require(0 <= self.final_learning_rate <= 1, "final_learning_rate", self.final_learning_rate, "a share in [0, 1]")
+        _require(
+            0 <= self.final_learning_rate <= 1, "final_learning_rate", self.final_learning_rate, "a share in [0, 1]"
+        )
         _require(self.epochs > 0, "epochs", self.epochs, "a number above 0")
         _require(self.max_steps is None or self.max_steps > 0, "max_steps", self.max_steps, "a whole number above 0")
-        for name in ("batch_size", "tokens_per_microbatch"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "a whole number above 0")
-        for name in ("warmup", "weight_decay", "max_grad_norm", "eval_every", "save_every", "keep_last", "patience"):
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "a whole number above 0")
+        for name in (
+            "tokens_per_microbatch",
+            "warmup",
+            "weight_decay",
+            "max_grad_norm",
+            "eval_every",
+            "save_every",
+            "keep_last",
+            "patience",
+        ):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "a number of at least 0")
+
+    def microbatch_tokens(self, device_type: str) -> int:
+        """Real tokens of one forward and backward on this kind of device."""
+        return self.tokens_per_microbatch or (2048 if device_type == "cpu" else 16384)
 
     def total_steps(self, items: int) -> int:
         """Batches in the whole run over ``items`` prompts."""
