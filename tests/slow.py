@@ -84,3 +84,14 @@ def ppo_value(value, old, target, clip):
         return 0.5 * plain
     clipped = min(max(value, old - clip), old + clip)
     return 0.5 * max(plain, (clipped - target) ** 2)
+
+
+def difference_gradient(function, values, step=1e-6):
+    """Central differences of a function of a flat list of floats."""
+    gradient = []
+    for i in range(len(values)):
+        up, down = list(values), list(values)
+        up[i] += step
+        down[i] -= step
+        gradient.append((function(up) - function(down)) / (2 * step))
+    return gradient

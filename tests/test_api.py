@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import tiny, tokenizer_of
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import palate
 from palate.errors import ConfigError, DataError, ModelError, RunError
 from palate.models.load import save_model
+from tiny import tiny, tokenizer_of
 
 LETTERS = "abcdefghijklmnop"
 QUICK = {"batch_size": 8, "max_steps": 3, "save_every": 1, "eval_every": 1}
@@ -56,12 +56,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train_ppo(world: Path, out: Path, **settings: Any) -> Path:
+def train_ppo(world: Path, out: Path, validation: str | None = None, **settings: Any) -> Path:
     return palate.train(
         "ppo",
         model=world / "sft" / "model",
         reward=str(world / "reward" / "model"),
-        data=str(world / "pairs.jsonl"),
+        data={"train": str(world / "pairs.jsonl"), "validation": validation},
         out=out,
         sampling={"max_new_tokens": 6},
         training=QUICK,
@@ -124,17 +124,18 @@ def test_the_reward_is_normalised_on_the_training_responses(world: Path) -> None
 
 
 def test_score_gives_the_number_that_training_saw(world: Path, tmp_path: Path) -> None:
-    """Also for responses that were cut off: those are scored without an end of text."""
-    run = train_ppo(world, tmp_path / "ppo")
-    seen = [entry for entry in lines(run / "samples.jsonl") if "when" in entry and entry["response"].strip()]
-    assert seen and not all(entry["finished"] for entry in seen)
-    scores = palate.score(
-        world / "reward" / "model",
-        [e["prompt"] for e in seen],
-        [e["response"] for e in seen],
-        finished=[e["finished"] for e in seen],
-    )
-    assert scores == pytest.approx([e["score"] for e in seen], abs=1e-5)
+    """Also for responses that were cut off: those are scored without an end of text.
+
+    A sampled special token leaves no trace in a text, so only responses whose six tokens are six words are compared.
+    """
+    pairs = str(world / "pairs.jsonl")
+    run = train_ppo(world, tmp_path / "ppo", validation=pairs)
+    whole = [e for e in lines(run / "samples.jsonl") if "when" in e and len(e["response"].split()) == 6]
+    assert whole and not any(e["finished"] for e in whole)
+    asked = [e["prompt"] for e in whole], [e["response"] for e in whole]
+    seen = pytest.approx([e["score"] for e in whole], abs=1e-5)
+    assert palate.score(world / "reward" / "model", *asked, finished=[False] * len(whole)) == seen
+    assert palate.score(world / "reward" / "model", *asked) != seen
 
 
 @pytest.mark.parametrize("method", ["sft", "reward", "ppo"])
@@ -259,7 +260,7 @@ def test_a_python_function_is_a_reward(world: Path, tmp_path: Path, monkeypatch:
     )
     seen = [e for e in lines(run / "samples.jsonl") if "when" in e]
     assert [e["score"] for e in seen] == [-len(e["response"]) for e in seen]
-    assert palate.score("my_taste:brief", ["a "], ["b c"], tokenizer=world / "base") == [-3.0]
+    assert palate.score("my_taste:brief", ["a "], ["b c"], tokenizer=world / "base") == [-len(" b c")]
     with pytest.raises(ConfigError, match="tokenizer"):
         palate.score("my_taste:brief", ["a "], ["b c"])
 
@@ -334,4 +335,8 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 def test_explain_prints_the_paper_and_the_settings() -> None:
     text = str(palate.explain("ppo"))
-    assert "arXiv:1707.06347" in text and "kl_coef" in text and "needs policy, reference, reward, value".lower() in text.lower()
+    assert (
+        "arXiv:1707.06347" in text
+        and "kl_coef" in text
+        and "needs policy, reference, reward, value".lower() in text.lower()
+    )

@@ -316,3 +316,13 @@ def test_an_unknown_dtype_or_device_is_a_config_error(folders):
         load_policy(folders / "llama", dtype="float16")
     with pytest.raises(ConfigError, match='device "gpu" is not known'):
         load_policy(folders / "llama", device="gpu")
+
+
+def test_loaded_weights_give_the_last_digit_of_the_weights_that_were_saved(folders, tmp_path):
+    """Mapped from a file they begin at any address, and kernels round differently at unaligned ones."""
+    policy = load_policy(folders / "llama")
+    assert {p.data_ptr() % 64 for p in policy.parameters()} == {0}
+    batch, scalar = rows(9, 7, 4), load_scalar(folders / "llama")
+    assert {p.data_ptr() % 64 for p in scalar.parameters()} == {0}
+    save_model(scalar, tokenizer_of(), tmp_path / "reward")
+    assert torch.equal(response_scores(load_scalar(tmp_path / "reward"), batch), response_scores(scalar, batch))

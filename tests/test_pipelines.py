@@ -89,7 +89,7 @@ def test_references_keep_the_type_of_a_variable_and_name_folders(small, tmp_path
         ("prompts: 20", "prompts: many", "prompts: found 'many'"),
         ("${world}/", "${wrld}/", '${wrld} is no variable and no earlier stage. Did you mean "world"?'),
         ("${world}/", "${rankings}/", "no earlier stage"),
-        ("  gold: palate.pipelines.kitchen:gold_reward\n", "", "gold: must be given"),
+        ("    gold: palate.pipelines.kitchen:gold_reward\n", "", "gold: must be given"),
         ("do: annotate", "per_prompt: 1", "does not say what to do"),
         ("description:", "descriptoin:", 'small.yaml:3: unknown key "descriptoin"'),
         ("seed: 3", "world: 3", '"world" is both a variable and a stage'),

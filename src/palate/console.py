@@ -60,8 +60,10 @@ def print_methods(found: Sequence[Explanation]) -> None:
     """One line or a few for each method."""
     table = Table(show_lines=True)
     table.add_column("method", no_wrap=True, style="cyan")
-    for column in ("what it is, and its paper", "needs", "trains", "reads"):
-        table.add_column(column, overflow="fold")
+    table.add_column("what it is, and its paper", min_width=24)
+    table.add_column("needs", min_width=9)
+    table.add_column("trains")
+    table.add_column("reads", no_wrap=True)
     for each in found:
         what, _, paper = each.title.partition(" -- ")
         about = Text.assemble((what, "bold"), f"\n{paper}" if paper else "")

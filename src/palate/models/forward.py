@@ -25,6 +25,7 @@ from palate.models import trunk
 from palate.models.heads import scalar_head
 from palate.types import Reward, Scored, Tokens, groups
 
+_NOTHING_BEFORE = "a row begins with a response token: nothing comes before it to predict it from"
 BUCKET_TOKENS = {"cpu": 1024, "cuda": 16384}  # tokens of one trunk call; larger only costs memory
 
 
@@ -112,7 +113,7 @@ def _bucket(tokens: Tokens, rows: Tensor, width: int) -> _Bucket:
     source = torch.argsort(~real, dim=-1, stable=True)[:, :width]  # real tokens first, in their order
     ids = tokens.ids[rows].gather(1, source).masked_fill(~real.gather(1, source), 0)
     row, position = (tokens.response_mask[rows] & real).gather(1, source).nonzero(as_tuple=True)
-    assert not (position == 0).any(), "a row begins with a response token: nothing comes before it to predict it from"
+    assert not (position == 0).any(), _NOTHING_BEFORE
     return _Bucket(ids, row, position, rows[row], source[row, position])
 
 
@@ -184,6 +185,10 @@ def _padded(model: Any, adapter: _Context, tokens: Tokens, at_last: bool) -> Ite
 
 def _flat(model: Any, adapter: _Context, tokens: Tokens, at_last: bool) -> Iterator[_Read]:
     """Through ``trunk``, some groups at a time."""
+    if not tokens.response_mask.any():  # nothing is read; a loss over nothing still has a gradient, zero
+        weight, nothing = model.get_input_embeddings().weight, tokens.ids.new_zeros(0)
+        yield _Read(weight[:0], nothing, nothing, nothing)
+        return
     for rows in _some_groups(tokens):
         plan: list[list[trunk.Row]] = []
         numbers, columns, targets, wanted = [], [], [], []
@@ -197,7 +202,7 @@ def _flat(model: Any, adapter: _Context, tokens: Tokens, at_last: bool) -> Itera
                     continue
                 if at_last:
                     positions = positions[-1:]
-                assert int(positions[0]) > 0, "a row begins with a response token: nothing predicts it"
+                assert int(positions[0]) > 0, _NOTHING_BEFORE
                 where = positions if at_last else positions - 1
                 ids = tokens.ids[number, source]
                 first, last = int(where[0]), int(where[-1])

@@ -249,9 +249,21 @@ def _pretrained(
             else _hub_hint(place)
         )
         raise ModelError(f"{place}: the model cannot be loaded. {first_line(error)}{advice}") from error
+    _align(model)
     if compute is not None:
         model.compute_dtype = compute  # models.forward multiplies in it
     return model, set(info["missing_keys"])
+
+
+def _align(model: nn.Module) -> None:
+    """Weights in memory of their own, aligned as torch allocates it.
+
+    They come as views into the mapped file, at any address, and matrix products round differently there: the same weights
+    would then give last digits that depend on whether they were loaded, trained or copied.
+    """
+    for weight in model.parameters():
+        if weight.data_ptr() % 64:
+            weight.data = weight.data.clone()
 
 
 def _scalar_from_folder(
