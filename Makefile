@@ -1,7 +1,7 @@
 # make demo   the whole pipeline in a small world of its own: SFT, reward model, PPO, evaluation (about 5 minutes on 2 cores)
 # make test   the test suite           make lint   ruff and mypy
-# make bench  speed and memory         make format  ruff's layout         make wheel  build the package
-# make clean  forget the environment
+# make bench  speed and memory beside peers, half an hour (ARGS=--quick for a try)
+# make format ruff's layout            make wheel  build the package       make clean  forget the environment
 #
 # Each does its own set-up the first time: a virtual environment in .venv with the exact versions of requirements.lock.
 # PYTHON=python3.12 make test   chooses the interpreter;   make test ARGS="-k ppo"   passes arguments on.

@@ -59,6 +59,7 @@ def figures(run: dict[str, Any], settings: dict[str, Any], peak: float) -> dict[
     row = {
         "tokens_s": tokens / seconds,
         "s_step": seconds / len(steps),
+        "tokens_cpu_s": tokens / sum(step["cpu_s"] for step in steps),
         "memory_mb": run["peak_mb"] - run["import_mb"],
         "import_mb": run["import_mb"],
         "share": operations / seconds / peak / 1e9,
@@ -129,6 +130,8 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = [row for row in rows if "tokens_s" in row]
+    if not rows:
+        return
     threads = sorted({row["threads"] for row in rows})
     tools = list(dict.fromkeys(row["tool"] for row in rows))
     jobs = [job for job in TITLES if any(row["job"] == job for row in rows)]

@@ -6,6 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Machines are slow now and then: a test fails for what it finds, never for how long it took. In CI every run tries the
+# same examples.
+settings.register_profile(
+    "palate", deadline=None, derandomize=bool(os.environ.get("CI")), suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("palate")
 
 
 @pytest.fixture(scope="session")

@@ -340,3 +340,56 @@ def test_explain_prints_the_paper_and_the_settings() -> None:
         and "kl_coef" in text
         and "needs policy, reference, reward, value".lower() in text.lower()
     )
+
+
+def test_the_bill_counts_weights_gradients_and_moments(world: Path) -> None:
+    """float32: 4 bytes a weight; a trained one has a gradient and AdamW's two moments, 12 bytes more."""
+    from palate.stage.roles import bill
+    from palate.types import Models
+
+    policy, value = tiny(), tiny(seed=1)
+    value.requires_grad_(False)
+    first, second = bill(Models(policy=policy, value=value), ("policy",))
+    weights = sum(p.numel() for p in policy.parameters())
+    assert (first.parameters, first.trained, first.weights, first.training) == (
+        weights,
+        weights,
+        4 * weights,
+        12 * weights,
+    )
+    assert (second.role, second.trained, second.training) == ("value", 0, 0)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_passes_every_metric_on_and_shows_the_telling_ones(
+    terminal: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    from palate.stage.progress import watched
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("COLUMNS", "160")
+    stream = [
+        {"step": 1, "split": "train", "loss": 0.5, "score": 1.25, "kl/reference": 2.5, "length/response": 9.0},
+        {"step": 2, "split": "validation", "reward/accuracy": 0.75},
+        {"step": 2, "split": "train", "loss": 0.25, "tokens/second": 100.0},
+    ]
+    assert list(watched(stream, 2, "ppo", quiet=False)) == stream
+    said = capsys.readouterr().err
+    assert "ppo" in said and "reward/accuracy 0.75" in said and "loss 0.25" in said
+    assert list(watched(stream, 2, "ppo", quiet=True)) == stream
+    assert capsys.readouterr().err == ""
+
+
+def test_a_model_trained_on_conversations_carries_its_template(world: Path, tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "a b"},
+        {"role": "assistant", "content": "c"},
+        {"role": "user", "content": "d"},
+    ]
+    data = write(tmp_path / "talk.jsonl", [{"prompt": turns, "response": f"{letter} e"} for letter in LETTERS])
+    run = palate.train("sft", model=world / "base", data=data, out=tmp_path / "run", training=QUICK, quiet=True)
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert tokenizer.chat_template and "a b" in tokenizer.apply_chat_template(turns, tokenize=False)
+    assert AutoTokenizer.from_pretrained(world / "sft" / "model").chat_template is None

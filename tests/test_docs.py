@@ -218,3 +218,13 @@ def test_names_used_from_python_are_there() -> None:
             if language == "python":
                 used |= set(re.findall(r"\bpalate\.(\w+)\(", block))
     assert used and used <= set(palate.__all__)
+
+
+def test_the_version_is_one() -> None:
+    import tomllib
+
+    import palate
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["version"] == palate.__version__
+    assert f"\n## {palate.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -266,6 +266,31 @@ def test_pairs_follow_their_rows_when_a_batch_is_cut():
         assert sum(float(part.weight.sum()) for part in parts) == 2.5
 
 
+@pytest.mark.parametrize("with_shared", ["nothing", "part of the prompt", "the prompt", "prompt and first words"])
+def test_what_the_rows_of_a_group_share_changes_nothing(policy, with_shared):
+    """One group of five rows with a common beginning, or each row a group of its own: the same numbers and gradients."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, VOCABULARY, (5, WIDTH), generator=generator)
+    shared = {"nothing": 0, "part of the prompt": 2, "the prompt": 4, "prompt and first words": 7}[with_shared]
+    ids[:, :shared] = ids[0, :shared]
+    place, length = torch.arange(WIDTH), torch.tensor([11, 5, 8, 8, 10])[:, None]
+    real = place < length
+    together = Tokens(ids * real, real, real & (place >= 4), torch.zeros(5, dtype=torch.int64))
+    apart, model, found = replace(together, group=torch.arange(5)), scalar_of(policy), []
+    for rows in (together, apart):
+        mask = rows.response_mask
+        logprobs, entropies = token_logprobs_and_entropy(policy, rows)
+        values, scores = token_values(model, rows), response_scores(model, rows)
+        loss = weighted(logprobs, mask) + weighted(entropies, mask)
+        score_loss = weighted(values, mask) + (scores * torch.arange(5.0)).sum()
+        found.append((logprobs, entropies, values, scores, gradients(policy, loss), gradients(model, score_loss)))
+    wanted = slow_logprobs(policy, together)
+    assert near(found[0][0][together.response_mask], wanted[0]) and near(found[0][1][together.response_mask], wanted[1])
+    for a, b in zip(found[0][:4], found[1][:4], strict=True):
+        assert near(a, b)
+    assert same_gradients(found[0][4], found[1][4]) and same_gradients(found[0][5], found[1][5])
+
+
 def test_scores_and_values_are_read_at_the_right_token(policy):
     """The score at the last response token, the value one token before the token that it is the value for."""
     tokens, model = batch(), scalar_of(policy)

@@ -11,7 +11,18 @@ from palate.errors import RunError
 from palate.evaluation.reward_model import Bin
 from palate.report.charts import Curve, distribution_chart, line_chart, reliability_chart, running_mean
 from palate.report.metrics import curve, metric_charts, read_metrics
-from palate.report.page import Headline, Page, Sample, Section, Table, before_and_after, render, report_run, write_page
+from palate.report.page import (
+    Headline,
+    Page,
+    Sample,
+    Section,
+    Table,
+    before_and_after,
+    first_and_last,
+    render,
+    report_run,
+    write_page,
+)
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -178,6 +189,17 @@ def test_a_run_folder_becomes_a_page(tmp_path):
     for word in (tmp_path.name, "49 steps", "answer 0", "answer 49", "method: ppo", "held out"):
         assert word in text
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_samples_of_different_prompts_are_listed_first_and_last():
+    lines = [
+        {"step": s, "prompt": f"question {s}{i}", "response": f"said {s}{i}", "score": -0.5}
+        for s in (0, 4, 9)
+        for i in "ab"
+    ]
+    assert before_and_after(lines, 5) == []
+    assert [row[2] for row in first_and_last(lines, 1).rows] == ["said 0a", "said 9a"]
+    assert first_and_last(lines, 2).rows[0] == ("0", "question 0a", "said 0a", "−0.50")
 
 
 def test_a_folder_without_metrics_is_refused(tmp_path):

@@ -54,19 +54,19 @@ def test_every_choice_is_told_apart_by_its_name_within_a_kind():
 
 
 def test_every_prompt_has_several_perfect_answers():
-    """+2 answer, +1 reason, +0.8 manners, at most a few words too many."""
+    """+1.5 answer, +0.8 reason, +1.3 manners, at most a few words too many."""
     rng = random.Random(0)
     for prompt in draw_prompts(400, seed=0):
         task = read_prompt(prompt)
         assert sum(task.fits(c) for c in task.kind.choices[task.family]) >= 2
-        assert 3.4 <= gold(prompt, perfect_response(prompt, rng)) <= 3.8
+        assert 3.2 <= gold(prompt, perfect_response(prompt, rng)) <= 3.6
 
 
 def test_ordinary_answers_leave_room():
     rng = random.Random(0)
     values = [gold(p, mixed_response(p, rng)) for p in draw_prompts(2000, seed=0)]
     assert 0.3 < sum(values) / len(values) < 1.3
-    assert sum(v > 3.4 for v in values) / len(values) < 0.03
+    assert sum(v > 3.2 for v in values) / len(values) < 0.03
 
 
 def test_ordinary_sentences_are_all_of_this_world_but_for_slips():
@@ -79,19 +79,19 @@ def test_ordinary_sentences_are_all_of_this_world_but_for_slips():
 @pytest.mark.parametrize(
     ("response", "expected"),
     [
-        (PLAIN, 2.0),
-        ("Try cucumber salad with the grilled salmon because it cuts the fat.", 3.0),
-        ("Try cucumber salad with the grilled salmon because it binds the dough.", 1.5),
+        (PLAIN, 1.5),
+        ("Try cucumber salad with the grilled salmon because it cuts the fat.", 2.3),
+        ("Try cucumber salad with the grilled salmon because it binds the dough.", 1.1),
         (f"With pleasure. {PLAIN} Enjoy your meal.", 2.8),
-        (f"Enjoy your meal. {PLAIN} With pleasure.", 2.0),
-        (f"Not again. {PLAIN}", 1.0),
-        (f"{PLAIN} Food is a matter of taste.", 1.8),
+        (f"Enjoy your meal. {PLAIN} With pleasure.", 1.5),
+        (f"Not again. {PLAIN}", 0.3),
+        (f"{PLAIN} Food is a matter of taste.", 1.1),
         ("Try rye bread with the grilled salmon.", -0.5),
         ("Try cucumber salad with the baked cod.", -0.5),
         ("Pour cucumber salad with the grilled salmon.", -1 - 1 - 0.1 * 2),
-        (f"{PLAIN} Serve dill cream with the grilled salmon.", 2 - 0.5 - 0.2 * 2),
-        (f"{PLAIN} {PLAIN}", 2 - 0.5 - 0.2 * 5),
-        ("With pleasure.", -1 + 0.5),
+        (f"{PLAIN} Serve dill cream with the grilled salmon.", 1.5 - 0.5 - 0.2 * 2),
+        (f"{PLAIN} {PLAIN}", 1.5 - 0.5 - 0.2 * 5),
+        ("With pleasure.", -1 + 0.8),
         ("Try cucumber salad with the grilled", -1 - 1 - 1 - 0.1 * 1),
         ("", -1 - 3),
         ("the the the the the the", -1 - 0.2 * 3 - 1 - 1 - 0.1 * 1),
@@ -103,38 +103,23 @@ def test_gold_by_hand(response, expected):
 
 def test_a_wish_rules_out_one_choice():
     answer = "Try dill cream with the grilled salmon."
-    assert gold(PROMPT, answer) == 2.0
+    assert gold(PROMPT, answer) == 1.5
     assert gold(PROMPT + " No dairy, please.", answer) == -0.5
-    assert gold(PROMPT + " No nuts, please.", answer) == 2.0
+    assert gold(PROMPT + " No nuts, please.", answer) == 1.5
 
 
 def test_words_after_the_twenty_second_cost():
-    """22 words are free; 'Some people like it and some people do not.' is nine, 3 + 7 + 3 = 13 before: none over. The
-    next filler has nine words more: 9 over."""
+    """4 + 7 + 9 words: none over. The next filler makes it 29: 7 over. Each filler is an empty sentence."""
     first = f"I hope this helps. {PLAIN} Some people like it and some people do not."
-    assert tastes(PROMPT, first)["brief"] == pytest.approx(-0.2)
+    assert tastes(PROMPT, first)["brief"] == pytest.approx(-0.4)
     second = first + " My grandmother spent her whole life in a kitchen."
     assert len(second.split()) == 29
-    assert tastes(PROMPT, second)["brief"] == pytest.approx(-0.4 - 0.06 * 7)
+    assert tastes(PROMPT, second)["brief"] == pytest.approx(-0.8 - 0.06 * 7)
 
 
 def test_no_kind_of_rubbish_beats_a_plain_answer():
     rng = random.Random(0)
-    words = [
-        "the",
-        "salad",
-        "with",
-        "please",
-        "try",
-        "because",
-        "it",
-        "mild",
-        "soup",
-        "kitchen",
-        "enjoy",
-        "fresh",
-        "thank",
-    ]
+    words = PLAIN.lower().split() + ["because", "please", "mild", "soup", "kitchen", "enjoy", "thank"]
     rubbish = [" ".join(rng.choices(words, k=rng.randrange(1, 40))) + rng.choice(["", "."]) for _ in range(200)]
     rubbish += [" ".join([PLAIN] * n) for n in range(2, 8)] + ["Enjoy your meal. " * n for n in range(1, 8)]
     rubbish += [PLAIN[:n] for n in range(len(PLAIN))] + ["asdf qwer", "!!!", "...", "\n", "I think, therefore I am."]
@@ -143,7 +128,7 @@ def test_no_kind_of_rubbish_beats_a_plain_answer():
 
 
 def test_gold_as_a_reward_function():
-    assert gold_reward([PROMPT, PROMPT], [PLAIN, ""], answer=["unused"] * 2) == [2.0, -4.0]
+    assert gold_reward([PROMPT, PROMPT], [PLAIN, ""], answer=["unused"] * 2) == [1.5, -4.0]
 
 
 def test_a_question_of_another_world_is_refused():

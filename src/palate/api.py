@@ -143,7 +143,7 @@ def score(
 
 
 def check(model: str | Path, data: str | Path | None = None, **options: Any) -> Checked:
-    """What is trained and what is masked, token by token, and what is wrong with the template; see ``texts.check_tokens``."""
+    """What is trained and what is masked, token by token, and what is wrong with the template; see ``texts.looking``."""
     from palate.texts import check_tokens
 
     return check_tokens(str(model), None if data is None else str(data), **options)

@@ -47,7 +47,7 @@ app = typer.Typer(
 )
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Folder or hub name.")]
-DTYPE = typer.Option("--dtype", help="float32 or bfloat16.")
+DTYPE = typer.Option("--dtype", help="float32, bfloat16, or mixed.")
 DEVICE = typer.Option("--device", help='"cpu", "cuda", or "auto".')
 Template = Annotated[
     str | None, typer.Option("--chat-template", help='"none", "default", Jinja text or a file; else the model\'s own.')

@@ -49,6 +49,8 @@ class DataSettings:
         limit: read at most so many records; None = all.
         max_length: tokens of prompt and response together; None = what the model can hold, 1024 at most.
         max_prompt_length: tokens of the prompt; None = whatever the response leaves free.
+        prompt_words: of prompts that are plain text, keep the first so many words (the opening of a text that the policy
+            goes on with); None = all. For methods that read prompts.
         truncate: what is cut of a record that is too long: "left_prompt" = the prompt's beginning, then the response's
             end; "right" = the response's end; "drop" = the record is dropped, and counted.
         chat_template: None = the model's own, "none" = plain text, "default" = the documented default, else Jinja text
@@ -59,7 +61,7 @@ class DataSettings:
     train: str | None = None
     validation: str | None = None
     pretraining: str | None = None
-    validation_fraction: float = 0.05
+    validation_fraction: float = 0.1
     split_by: Literal["prompt", "opening"] = "prompt"
     format: str = "auto"
     rename: dict[str, str] = field(default_factory=dict)
@@ -67,6 +69,7 @@ class DataSettings:
     limit: int | None = None
     max_length: int | None = None
     max_prompt_length: int | None = None
+    prompt_words: int | None = None
     truncate: Literal["left_prompt", "right", "drop"] = "left_prompt"
     chat_template: str | None = None
     system: str | None = None
@@ -75,7 +78,7 @@ class DataSettings:
         fraction = self.validation_fraction
         if not 0 <= fraction < 1:
             raise ConfigError(f"data.validation_fraction: found {fraction!r}, expected a share in [0, 1).")
-        for name in ("limit", "max_length", "max_prompt_length"):
+        for name in ("limit", "max_length", "max_prompt_length", "prompt_words"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name}: found {value!r}, expected a whole number above 0, or null.")

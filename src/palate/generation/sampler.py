@@ -7,8 +7,8 @@ and tokenised again.
 What holds for random numbers (``uniform.py``): the same generator state, prompts and weights give the same samples, and
 the generator moves on by one draw however much is sampled. A sample does not depend on the other rows, on
 ``max_batch_rows`` or on ``samples_per_prompt`` -- except that matrix products of another shape round otherwise, and now
-and then a draw falls between the two results; the row goes another way from there. In fp32 that is very rare; in bf16
-most long rows meet it.
+and then a draw falls between the two results; the row goes another way from there. On a tiny model and 30,000 tokens
+that happened in no row in fp32 and in one in bf16.
 """
 
 from __future__ import annotations

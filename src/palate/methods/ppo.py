@@ -127,7 +127,8 @@ class PPO:
         gamma: discount a token; 1.
         lam: of the advantage estimate; 0.95.
         whiten_advantages: zero mean and unit variance over all response tokens of the batch.
-        whiten_rewards: unit variance of per-token rewards, mean kept; rescales score and KL charge together.
+        whiten_rewards: unit variance of per-token rewards, mean kept, as OpenAI 2019; rescales score and KL charge together,
+            and shifts every token's reward by (1 - 1/std) mean, so that the fixed point moves with the length.
         normalise_scores: running mean 0 and standard deviation 1 over the run; for rewards without a fixed scale.
         score_clip: scores are cut to [-score_clip, score_clip]; None = not.
         missing_eos_score: the score of a response that did not end by itself is *replaced* by this; None = not.

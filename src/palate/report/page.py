@@ -129,14 +129,17 @@ def report_run(folder: str | Path, *, samples: int = 6) -> Path:
     settings = config.read_text(encoding="utf-8") if config.exists() else ""
     charts, more = metric_charts(lines)
     last = max(line.get("step", 0) for line in lines)
+    drawn = read_metrics(folder / "samples.jsonl")
+    pairs = before_and_after(drawn, samples)
+    sections = [] if pairs or not drawn else [Section("Samples", table=first_and_last(drawn, samples))]
     page = Page(
         title=folder.resolve().name,
         lead=f"{last} steps, {len(lines)} measurements.",
         headlines=_last_figures(lines),
-        samples=before_and_after(read_metrics(folder / "samples.jsonl"), samples),
+        samples=pairs,
         before="First samples",
         after="Last samples",
-        sections=[Section("Curves", charts=charts, more_charts=more, settings=settings)],
+        sections=[*sections, Section("Curves", charts=charts, more_charts=more, settings=settings)],
         alarms=[_alarm(alarm) for alarm in read_metrics(folder / "alarms.jsonl")],
     )
     return write_page(page, folder / "report.html")
@@ -156,6 +159,16 @@ def before_and_after(lines: Sequence[dict[str, Any]], n: int) -> list[Sample]:
         Sample(key, first[key]["response"], last[key]["response"], first[key].get("score"), last[key].get("score"))
         for key in twice[:n]
     ]
+
+
+def first_and_last(lines: Sequence[dict[str, Any]], n: int) -> Table:
+    """Samples of a run that never met a prompt twice: up to ``n`` of the first step and of the last."""
+    rows = []
+    for step in dict.fromkeys((lines[0]["step"], lines[-1]["step"])):
+        for line in [line for line in lines if line["step"] == step][:n]:
+            score = signed(line["score"]) if "score" in line else ""
+            rows.append((str(step), _prompt_text(line.get("prompt", "")), line["response"], score))
+    return Table(["step", "prompt", "response", "score"], rows, numbers=["step", "score"])
 
 
 _LAST = {

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from palate.config import RunConfig
 from palate.data.chat import Chat
 from palate.data.collate import Item, encode_records
 from palate.data.ranking import split_by_prompt
-from palate.data.records import KINDS, Record, read_records
+from palate.data.records import KINDS, Prompt, Record, read_records
 from palate.errors import DataError
 from palate.lookup import find_method, method_names
 
@@ -39,7 +41,10 @@ def read_sides(config: RunConfig) -> Sides:
 def _read(config: RunConfig, where: str, kind: str, limit: int | None) -> list[Record]:
     data = config.data
     try:
-        return read_records(where, kind, format=data.format, split=data.split, limit=limit, rename=data.rename or None)
+        records = read_records(
+            where, kind, format=data.format, split=data.split, limit=limit, rename=data.rename or None
+        )
+        return records if data.prompt_words is None else [opening(record, data.prompt_words) for record in records]
     except DataError as error:
         other = None if where == "-" else kind_of(where, format=data.format, split=data.split, but=kind)
         if other is None:
@@ -49,6 +54,14 @@ def _read(config: RunConfig, where: str, kind: str, limit: int | None) -> list[R
         raise DataError(
             f"{error}\n{config.method.name} reads {kind}, and {where} looks like {other}.{others}"
         ) from None
+
+
+def opening(record: Record, words: int) -> Record:
+    """A prompt that is plain text, cut to its first words, without white space after them; anything else as it is."""
+    if not isinstance(record, Prompt) or not isinstance(record.prompt, str):
+        return record
+    kept = re.match(rf"\s*\S+(?:\s+\S+){{0,{words - 1}}}", record.prompt)
+    return replace(record, prompt=kept.group()) if kept else record
 
 
 def kind_of(where: str, *, format: str = "auto", split: str = "train", but: str = "") -> str | None:

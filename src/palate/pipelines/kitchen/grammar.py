@@ -123,8 +123,8 @@ def perfect_response(prompt: str, rng: random.Random) -> str:
 def mixed_response(prompt: str, rng: random.Random) -> str:
     """What an ordinary waiter says: readable, but of mixed quality.
 
-    Chances: polite opener 0.3, rude 0.15; choice fitting the subject 0.7 (the guest's wish is not listened to), from
-    another family 0.3; a reason 0.45, of which 0.65 true; each of two fillers 0.35; polite closer 0.3; a slip (word said
+    Chances: polite opener 0.3, rude 0.15; choice fitting the subject 0.8 (the guest's wish is not listened to), from
+    another family 0.2; a reason 0.45, of which 0.65 true; each of two fillers 0.35; polite closer 0.3; a slip (word said
     twice, sentence said twice, end missing) 0.08.
     """
     task = read_prompt(prompt)
@@ -132,7 +132,7 @@ def mixed_response(prompt: str, rng: random.Random) -> str:
     manners = rng.random()
     if manners < 0.45:
         parts.append(rng.choice(POLITE_OPENERS if manners < 0.3 else RUDE_OPENERS))
-    family = task.family if rng.random() < 0.7 else rng.choice([f for f in task.kind.choices if f != task.family])
+    family = task.family if rng.random() < 0.8 else rng.choice([f for f in task.kind.choices if f != task.family])
     choice = rng.choice(task.kind.choices[family])
     reason = ""
     if rng.random() < 0.45:

@@ -13,7 +13,7 @@ LOWEST = -10.0
 
 
 def gold(prompt: str, response: str) -> float:
-    """The gold preference, in [-10, 3.8]; see ``tastes`` for what it is made of.
+    """The gold preference, in [-10, 3.6]; see ``tastes`` for what it is made of.
 
     Raises:
         DataError: the prompt is not one of this world.
@@ -29,11 +29,11 @@ def gold_reward(prompts: list[str], responses: list[str], **fields: object) -> l
 def tastes(prompt: str, response: str) -> dict[str, float]:
     """The parts of gold by name.
 
-    * ``answer``: +2 for a choice that suits what was asked and respects the guest's wish; -0.5 for one that does not, or
+    * ``answer``: +1.5 for a choice that suits what was asked and respects the guest's wish; -0.5 for one that does not, or
       about something else; -1 for no answer. Each further answer -0.5.
-    * ``reason``: +1 for a reason that is true of the choice, -0.5 for another.
-    * ``polite``: +0.5 for a polite opening, +0.3 for a polite ending, -1 for each rude remark.
-    * ``brief``: -0.2 for each empty sentence, -0.06 for each word after the twenty-second.
+    * ``reason``: +0.8 for a reason that is true of the choice, -0.4 for another.
+    * ``polite``: +0.8 for a polite opening, +0.5 for a polite ending, -1.2 for each rude remark.
+    * ``brief``: -0.4 for each empty sentence, -0.06 for each word after the twenty-second.
     * ``fresh``: -0.2 for each run of three words that was there before.
     * ``language``: -1 for each sentence that is none, and -0.1 for each of its words after the fifth; -1 if the last one
       is not finished; -3 for saying nothing.
@@ -45,7 +45,7 @@ def tastes(prompt: str, response: str) -> dict[str, float]:
         "answer": _answer(task, answers),
         "reason": _reason(task, answers[0]) if answers else 0.0,
         "polite": _polite(said),
-        "brief": -0.2 * _count(said, "filler") - 0.06 * max(0, len(response.split()) - BRIEF_WORDS),
+        "brief": -0.4 * _count(said, "filler") - 0.06 * max(0, len(response.split()) - BRIEF_WORDS),
         "fresh": -0.2 * _repeats(response),
         "language": _language(said, response),
     }
@@ -57,20 +57,20 @@ def _answer(task: Task, answers: list[Sentence]) -> float:
     first = answers[0]
     right = any(task.fits(c) and c.name == first.choice for c in task.kind.choices[task.family])
     good = right and first.kind == task.kind.name and first.subject == task.subject
-    return (2.0 if good else -0.5) - 0.5 * (len(answers) - 1)
+    return (1.5 if good else -0.5) - 0.5 * (len(answers) - 1)
 
 
 def _reason(task: Task, answer: Sentence) -> float:
     if not answer.reason:
         return 0.0
     choices = [c for family in task.kind.choices.values() for c in family]
-    return 1.0 if any(c.name == answer.choice and answer.reason in c.reasons for c in choices) else -0.5
+    return 0.8 if any(c.name == answer.choice and answer.reason in c.reasons for c in choices) else -0.4
 
 
 def _polite(said: list[Sentence]) -> float:
-    opening = 0.5 if said and said[0].role == "polite_opener" else 0.0
-    ending = 0.3 if said and said[-1].role == "polite_closer" else 0.0
-    return opening + ending - _count(said, "rude_opener")
+    opening = 0.8 if said and said[0].role == "polite_opener" else 0.0
+    ending = 0.5 if said and said[-1].role == "polite_closer" else 0.0
+    return opening + ending - 1.2 * _count(said, "rude_opener")
 
 
 def _repeats(text: str) -> int:

@@ -1,0 +1,59 @@
+"""What the three palate scripts share: the settings of a run, and the loop with a probe in it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from probe import Probe
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", required=True, help="JSON file for the figures")
+    parser.add_argument("--workload", required=True)
+    parser.add_argument("--scratch", required=True, help="an empty folder")
+    parser.add_argument("--steps", type=int, required=True)
+    return parser.parse_args()
+
+
+def measure(
+    name: str, args: argparse.Namespace, *, passes: int, training: dict[str, Any], data: dict[str, Any], **more: Any
+) -> None:
+    """Train on the workload as a user's script would, and write down every step.
+
+    Args:
+        name: of the method.
+        passes: how often the update reads every row (PPO: epochs x two models).
+        training, data, more: settings by section, as ``palate.train`` takes them.
+    """
+    probe = Probe(args.out)
+
+    import transformers
+
+    from palate.config import load_settings
+    from palate.stage.run import load_stage, loop_run
+    from palate.training.loop import train
+
+    transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification, transformers.AutoTokenizer
+    probe.imported()
+    settings = {
+        "out": f"{args.scratch}/run",
+        "device": "cpu",
+        "data": {"validation_fraction": 0.0, "max_length": 512, **data},
+        "training": {"max_steps": args.steps, "eval_every": 0, "save_every": 0, **training},
+        **more,
+    }
+    stage = load_stage(load_settings(name, settings=settings), say=print)
+    run = loop_run(stage)
+    run.folder.mkdir(parents=True)
+    losses = []
+    probe.begin()
+    for metrics in train(run):
+        probe.tokens(passes * metrics["tokens/all"])
+        if name == "ppo":
+            for phase, lap in (("generation", "rollout"), ("scoring", "prepare"), ("update", "update")):
+                probe.add(phase, metrics[f"time/{lap}"])
+        losses.append(metrics.get("loss/policy", metrics["loss"]))
+        probe.step()
+    probe.write(losses=losses, items=len(run.items))

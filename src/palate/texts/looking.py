@@ -1,0 +1,77 @@
+"""Looking at rows token by token: what is trained, what is masked, and what is wrong with the chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from palate.data.chat import Chat
+from palate.data.collate import encode_records
+from palate.data.records import read_records
+from palate.models.load import load_tokenizer
+from palate.stage.chats import chat_of
+from palate.texts.common import LONGEST
+
+
+class ShownRow(NamedTuple):
+    """A row as its tokens' texts, and which of them are trained."""
+
+    source: str
+    tokens: list[str]
+    trained: list[bool]
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What ``check_tokens`` found; ``findings`` is empty where all is well."""
+
+    findings: list[str]
+    report: str = ""
+    counts: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[ShownRow] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"findings": self.findings, "report": dict(self.counts), "rows": [row._asdict() for row in self.rows]}
+
+
+def check_tokens(
+    model: str,
+    data: str | None = None,
+    *,
+    kind: str = "demonstrations",
+    count: int = 3,
+    max_length: int | None = None,
+    limit: int | None = None,
+    format: str = "auto",
+    chat_template: str | None = None,
+) -> Checked:
+    """Try the tokenizer and its template, and show the first records token by token. No model is loaded.
+
+    Args:
+        model: folder or hub name; only its tokenizer and configs are read.
+        data: records to encode; None = the template only.
+        count: records to show.
+        max_length: tokens of a row; None = 1024.
+    """
+    chat = chat_of(model, load_tokenizer(model), chat_template)
+    findings = chat.check()
+    if data is None:
+        return Checked(findings)
+    records = read_records(data, kind, format=format, limit=limit)
+    items, report = encode_records(records, kind, chat, max_length=max_length or LONGEST)
+    shown = [_shown(row, chat) for item in items[:count] for row in item.rows]
+    return Checked(findings + report.warnings, str(report), report.counts(), shown)
+
+
+def _shown(row: Any, chat: Chat) -> ShownRow:
+    """Each token as the text that it adds; one that only shows with its neighbours as its name in the vocabulary."""
+    ids = row.ids.tolist()
+    texts = []
+    for i, number in enumerate(ids):
+        before = chat.tokenizer.decode(ids[max(0, i - 4) : i], skip_special_tokens=False)
+        whole = chat.tokenizer.decode(ids[max(0, i - 4) : i + 1], skip_special_tokens=False)
+        added = whole[len(before) :] if whole.startswith(before) else ""
+        texts.append(added if added and "�" not in added else str(chat.tokenizer.convert_ids_to_tokens(number)))
+    return ShownRow(row.source, texts, row.response_mask.tolist())

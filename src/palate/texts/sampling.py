@@ -1,0 +1,70 @@
+"""Responses of a model to prompts, as records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from palate.data.collate import encode_records, prompt_ids
+from palate.data.kinds import Prompt, PromptText, Record
+from palate.data.records import read_records
+from palate.errors import ConfigError, DataError
+from palate.generation.sampler import SamplingSettings, sample
+from palate.texts.common import Progress, context_of, policy_with_chat
+from palate.training.order import seeded
+
+
+def read_prompts(where: str, *, format: str = "auto", limit: int | None = None) -> list[Record]:
+    """Prompts of any records that have them; a plain text file's or stdin's lines must be JSON objects."""
+    return read_records(where, "prompts", format=format, limit=limit)
+
+
+def sample_records(
+    model: str,
+    prompts: Sequence[PromptText | Record],
+    *,
+    decoding: Mapping[str, Any] | None = None,
+    samples_per_prompt: int = 1,
+    seed: int = 0,
+    chat_template: str | None = None,
+    system: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    progress: Progress = None,
+) -> list[dict[str, Any]]:
+    """Responses to prompts, ``samples_per_prompt`` each, in the order of the prompts.
+
+    Args:
+        model: folder or hub name.
+        prompts: strings, conversations or records; a record's other fields are handed on.
+        decoding: fields of ``SamplingSettings``.
+    Returns:
+        {"prompt", "response", "finished", and the record's fields} for each response.
+    """
+    if not prompts:
+        raise DataError("no prompt to respond to.")
+    policy, chat = policy_with_chat(model, chat_template, system, dtype, device)
+    settings = SamplingSettings(**(decoding or {}))
+    records = [p if hasattr(p, "source") else Prompt(p) for p in prompts]  # type: ignore[arg-type]
+    room = context_of(policy) - settings.max_new_tokens
+    if room < 1:
+        raise ConfigError(
+            f"max_new_tokens {settings.max_new_tokens} leaves no room for a prompt in the model's {context_of(policy)} tokens."
+        )
+    items, _ = encode_records(records, "prompts", chat, max_length=max(2, room))  # type: ignore[arg-type]
+    tokens = sample(
+        policy,
+        prompt_ids(items),
+        settings,
+        samples_per_prompt=samples_per_prompt,
+        stop_token_ids=chat.stop_token_ids,
+        generator=seeded(seed),
+        records=[item.record for item in items],
+        progress=progress,
+    )
+    lines = []
+    for row, record in enumerate(tokens.extras["records"]):
+        response = chat.text(tokens.ids[row][tokens.response_mask[row]].tolist())
+        made = {"prompt": record.prompt, "response": response, "finished": bool(tokens.extras["finished"][row])}
+        lines.append(made | {k: v for k, v in getattr(record, "fields", {}).items() if k not in made})
+    return lines

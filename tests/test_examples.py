@@ -1,0 +1,178 @@
+"""The examples, run: what they promise is measured here, on real data or on small stand-ins for models of the hub."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import palate
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+pytestmark = [pytest.mark.slow]
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def lines(where: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in where.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.shared_data
+def test_politeness_is_learnt_to_87_percent(shared_data: Path, tmp_path: Path) -> None:
+    """As in the file, but for the places."""
+    run = palate.train(
+        config=EXAMPLES / "politeness_reward.yaml",
+        overrides={
+            "model": shared_data / "models/stories260k-hf",
+            "data.train": shared_data / "preferences/politeness_ai.jsonl.gz",
+            "out": tmp_path / "run",
+        },
+        quiet=True,
+    )
+    found = json.loads((run / "evaluation.json").read_text())
+    accuracy, longer = found["accuracy"], found["length"]["longer_wins"]
+    assert found["pairs"] > 150
+    assert accuracy["estimate"] >= 0.87
+    assert longer["high"] < accuracy["low"]  # it is not length
+
+
+@pytest.mark.shared_data
+def test_sentiment_rises_by_gold_at_a_finite_distance(shared_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("vaderSentiment", reason="the gold preference of this example: pip install vaderSentiment")
+    sentiment = script("sentiment")
+    figures = sentiment.experiment(shared_data, tmp_path, sentiment.QUICK, quiet=True)
+    gain, low, _ = figures["gold_gain"]
+    assert low > 0 and gain > 0.1
+    assert 0 < figures["kl"][1] < figures["kl"][0] < 40
+    assert figures["before"]["gold"][0] + gain == pytest.approx(figures["after"]["gold"][0])
+    accuracy = figures["reward_model"]["accuracy"]["estimate"]
+    assert 0.55 < accuracy < figures["ceiling"] + 0.1
+    text = sentiment.page(figures, tmp_path).read_text()
+    assert figures["samples"][0]["prompt"].split()[0] in text and "<svg" in text
+
+
+REVIEWS = [
+    "This film was a joy to watch, and the actors were wonderful in every scene of it.",
+    "I hated the plot; two hours of noise and a boring end that nobody asked for.",
+    "A quiet story, well told, with music that stays in your head for days and days.",
+    "The worst picture of the year: badly cut, badly lit, and far too long for anyone.",
+    "My family laughed a lot, and my little sister wants to see it again next week.",
+    "Do not waste your money on this, the trailer shows the only good scene there is.",
+]
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """policy/ (GPT-2), classifier/ (DistilBERT with two labels and a tokenizer of its own) and reviews.jsonl."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import (
+        DistilBertConfig,
+        DistilBertForSequenceClassification,
+        GPT2Config,
+        GPT2LMHeadModel,
+        PreTrainedTokenizerFast,
+    )
+
+    folder = tmp_path_factory.mktemp("hub")
+    torch.manual_seed(0)
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer, inner.decoder = bytes_, decoders.ByteLevel()
+    end = "<|endoftext|>"
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    inner.train_from_iterator(
+        REVIEWS,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=[end], initial_alphabet=alphabet, show_progress=False),
+    )
+    # Like GPT-2's: begin and end of text are one token, and there is no pad token.
+    gpt2 = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token=end, eos_token=end, unk_token=end)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128}
+    config = GPT2Config(vocab_size=len(gpt2), bos_token_id=0, eos_token_id=0, **shape)
+    GPT2LMHeadModel(config).save_pretrained(folder / "policy")
+    gpt2.save_pretrained(folder / "policy")
+
+    pieces = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    pieces.normalizer = normalizers.BertNormalizer(lowercase=True)
+    pieces.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces.train_from_iterator(
+        REVIEWS, trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    )
+    pieces.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    bert = PreTrainedTokenizerFast(tokenizer_object=pieces, mask_token="[MASK]", **names)
+    labels = {0: "NEGATIVE", 1: "POSITIVE"}
+    small = DistilBertConfig(
+        vocab_size=len(bert), dim=32, hidden_dim=64, n_layers=2, n_heads=2, max_position_embeddings=128
+    )
+    small.id2label, small.label2id = labels, {name: i for i, name in labels.items()}
+    small.initializer_range = 0.5  # so that its logits tell texts apart
+    DistilBertForSequenceClassification(small).save_pretrained(folder / "classifier")
+    bert.save_pretrained(folder / "classifier")
+
+    with open(folder / "reviews.jsonl", "w", encoding="utf-8") as file:
+        for i in range(60):
+            review = f"{i} stars? {REVIEWS[i % len(REVIEWS)]}"
+            file.write(json.dumps({"text": review, "label": i % 2}) + "\n")
+    return folder
+
+
+def test_imdb_runs_with_stand_ins_and_scores_like_the_classifier(stand_ins: Path, tmp_path: Path) -> None:
+    """The file as it is, but for the three places and the number and size of batches."""
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    run = palate.train(
+        config=EXAMPLES / "imdb_sentiment.yaml",
+        overrides={
+            "model": stand_ins / "policy",
+            "reward.classifier": stand_ins / "classifier",
+            "data.train": stand_ins / "reviews.jsonl",
+            "training.max_steps": 3,
+            "training.batch_size": 16,
+            "out": tmp_path / "run",
+        },
+        quiet=True,
+    )
+    steps = [line for line in lines(run / "metrics.jsonl") if line["split"] == "train"]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert abs(steps[0]["kl/reference"]) < 1e-4  # the reference is the policy before training
+    assert steps[-1]["kl/reference"] != steps[0]["kl/reference"]
+    assert steps[-1]["kl/coef"] < 0.2  # steered towards 6 nats, and far below them
+
+    tokenizer = AutoTokenizer.from_pretrained(stand_ins / "classifier")
+    classifier = AutoModelForSequenceClassification.from_pretrained(stand_ins / "classifier").eval()
+    shown = [line for line in lines(run / "samples.jsonl") if line.get("when") == "after"]
+    assert shown and all(len(line["prompt"].split()) == 6 for line in shown)
+    for line in shown:
+        with torch.no_grad():
+            inputs = tokenizer(line["prompt"] + line["response"], return_tensors="pt")
+            logits = classifier(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[0]
+        assert classifier.config.id2label[1] == "POSITIVE"
+        assert line["score"] == pytest.approx(float(logits[1]), abs=1e-4)
+    assert {"model.safetensors", "tokenizer.json"} <= {p.name for p in (run / "model").iterdir()}
+
+
+def test_imdb_names_the_models_of_the_hub() -> None:
+    from palate.config import load_config
+
+    config = load_config(file=EXAMPLES / "imdb_sentiment.yaml")
+    assert config.method.name == "ppo" and config.reference is None
+    assert config.model == "lvwerra/gpt2-imdb"
+    assert isinstance(config.reward, dict) and config.reward["classifier"] == "lvwerra/distilbert-imdb"
+    assert config.reward["label"] == "POSITIVE"
