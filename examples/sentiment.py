@@ -55,7 +55,7 @@ class Size:
     learning_rate: float = 3e-4  # of PPO
 
 
-QUICK = Size(labelled=240, held_out=64, samples=2, batches=12, batch_size=64, learning_rate=1e-3)
+QUICK = Size(labelled=240, held_out=64, samples=2, batches=12, batch_size=64, learning_rate=6e-4)
 
 
 @cache
@@ -114,7 +114,7 @@ def experiment(data: Path, out: Path, size: Size, seed: int = 0, quiet: bool = F
         reward={"reward": {"model": reward / "model"}, "gold": {"function": f"{__file__}:sentiment", "weight": 0}},
         value=reward / "model",
         data={"train": out / "openings.jsonl", "validation_fraction": 0.05, "max_length": 128},
-        method_settings={"kl_coef": 0.1, "epochs": 2, "minibatches": 4},
+        method_settings={"kl_coef": 0.15, "epochs": 2, "minibatches": 4},
         sampling={"max_new_tokens": TOKENS},
         training={
             "learning_rate": size.learning_rate,

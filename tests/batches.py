@@ -50,7 +50,8 @@ def batch_of(reads, seed=0):
 
 
 def scalar_of(policy, seed=0, dtype=torch.float32):
-    settings = type(policy.config).from_dict(policy.config.to_dict() | {"num_labels": 1, "pad_token_id": None})
+    given = {k: v for k, v in policy.config.to_dict().items() if k not in ("id2label", "label2id")}
+    settings = type(policy.config).from_dict(given | {"num_labels": 1, "pad_token_id": None})
     model = AutoModelForSequenceClassification.from_config(settings).eval()
     model.base_model.load_state_dict(policy.base_model.state_dict())
     generator = torch.Generator().manual_seed(seed)

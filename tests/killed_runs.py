@@ -2,7 +2,7 @@
 
     python killed_runs.py FOLDER        prints one JSON object: {"sft": {"moment": "what differs" or ""}, ...}
 
-Every run is a process of its own, forked from this one before it has done any work. A *moment* is a place in the code where
+Every run is a process of its own, forked from this one, which builds models and never trains them. A *moment* is a place in the code where
 the process kills itself; "time" kills it from outside after random delays.
 """
 
@@ -33,6 +33,7 @@ from palate.training.rollouts import Rollout
 from palate.training.settings import TrainingSettings
 from palate.types import Models
 
+torch.set_num_threads(1)  # before the first product: a process with worker threads cannot be forked
 LETTERS = "abcdefghijklmnop"
 STEPS = 7
 
@@ -50,7 +51,7 @@ def records(kind, count=10):
     return [Prompt(p) for p in prompts]
 
 
-def build(name, folder):
+def build(name):
     chat = Chat(tokenizer_of())
     method = {
         "sft": SFT(),
@@ -59,14 +60,12 @@ def build(name, folder):
     }[name]
     items, _ = encode_records(records(method.reads), method.reads, chat, max_length=24)
     policy, reward = tiny("llama"), scalar_of(tiny("llama"), seed=1)
-    models = {
-        "sft": Models(policy=policy),
-        "reward": Models(reward=reward),
-        "ppo": Models(policy, frozen_copy(policy), reward.requires_grad_(False), scalar_of(tiny("llama"), seed=1)),
-    }[name]
+    models = Models(reward=reward) if name == "reward" else Models(policy=policy)
+    if name == "ppo":
+        models = Models(policy, frozen_copy(policy), frozen_copy(reward), reward)
     best = {"sft": "loss", "reward": "reward/accuracy", "ppo": "score"}[name]
     return Run(
-        folder=folder,
+        folder=Path(),
         method=method,
         models=models,
         settings=TrainingSettings(
@@ -134,9 +133,10 @@ def after_rename(path, target):
 
 
 def in_remove_old(folder, *rest):
-    """The removal of the first old checkpoint is cut short."""
+    """The removal of the first old checkpoint that there is to remove is cut short."""
     checkpoint.shutil.rmtree = removed_in_part
     keep_to_the_rule(folder, *rest)
+    checkpoint.shutil.rmtree = remove
 
 
 keep_to_the_rule = checkpoint.remove_old
@@ -153,13 +153,16 @@ def arm(moment):
     if kind == "renamed":
         Path.rename = at_call(rename, number, after_rename)
     if kind == "removing":
-        checkpoint.remove_old = at_call(keep_to_the_rule, number, in_remove_old)
+        checkpoint.remove_old = in_remove_old
     if kind == "line":
         log.append = at_call(append, number, half_a_line)
     if kind == "rollout":
         decode.draw = at_call(draw, number, die)
     if kind == "backward":
         torch.Tensor.backward = at_call(torch.Tensor.backward, number, die)
+
+
+RUNS = {name: build(name) for name in ("sft", "reward", "ppo")}
 
 
 def process(name, folder, moment="", seconds=None):
@@ -169,7 +172,8 @@ def process(name, folder, moment="", seconds=None):
         code = 1
         try:
             arm(moment)
-            for _ in train(build(name, folder)):
+            RUNS[name].folder = folder
+            for _ in train(RUNS[name]):
                 pass
             code = 0
         except BaseException as error:  # told, then the process must not return into this script
@@ -201,21 +205,19 @@ def difference(name, folder, wanted, moments):
 
 
 def main(root):
-    torch.set_num_threads(1)
     results = {}
-    for name in ("sft", "reward", "ppo"):
+    for name in RUNS:
         started = time.perf_counter()
         assert process(name, root / name / "whole")
         duration = time.perf_counter() - started
         wanted = contents(root / name / "whole")
         assert f"checkpoints/step-{STEPS}/weights.safetensors" in wanted and "metrics.jsonl" in wanted
-        cases = {moment: [(moment, None)] for moment in ("weights 1", "weights 4", "rename 2", "renamed 2")}
-        cases |= {moment: [(moment, None)] for moment in ("removing 2", "line 1", "line 6", "backward 9")}
+        moments = ["weights 2", "rename 2", "renamed 2", "removing", "line 3", "backward 6"]
+        moments += ["rollout 3", "rollout 40"] if name == "ppo" else []
+        cases = {moment: [(moment, None)] for moment in moments}
         cases["one after the other"] = [(moment, None) for moment in ("weights 3", "line 3", "rename 1")]
-        if name == "ppo":
-            cases |= {moment: [(moment, None)] for moment in ("rollout 3", "rollout 20", "rollout 60")}
         clock = random.Random(name)
-        cases["time"] = [("", clock.uniform(0, duration)) for _ in range(5)]
+        cases["time"] = [("", clock.uniform(0, duration)) for _ in range(4)]
         results[name] = {
             case: difference(name, root / name / str(number), wanted, moments)
             for number, (case, moments) in enumerate(cases.items())

@@ -38,7 +38,8 @@ def policy(request):
 
 def scalar_of(policy, **config):
     """A reward or value model with the policy's trunk and a random head."""
-    settings = type(policy.config).from_dict(policy.config.to_dict() | {"num_labels": 1, "pad_token_id": None})
+    given = {k: v for k, v in policy.config.to_dict().items() if k not in ("id2label", "label2id")}
+    settings = type(policy.config).from_dict(given | {"num_labels": 1, "pad_token_id": None})
     model = AutoModelForSequenceClassification.from_config(settings).float().eval()
     model.base_model.load_state_dict(policy.base_model.state_dict())
     generator = torch.Generator().manual_seed(5)

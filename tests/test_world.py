@@ -24,7 +24,7 @@ PLAIN = "Try cucumber salad with the grilled salmon."
 
 def test_the_world_is_large_enough_to_hold_prompts_out():
     prompts = list(all_prompts())
-    assert len(prompts) == len(set(prompts)) > 5000
+    assert len(prompts) == len(set(prompts)) > 3000
     train, held_out = split_prompts(1000, 200, seed=3)
     assert len(set(train)) == 1000
     assert len(set(held_out)) == 200
@@ -41,9 +41,9 @@ def test_every_prompt_is_understood():
 
 def test_wishes_are_heard():
     assert read_prompt("Hello there. What goes well with pea soup? I cannot eat dairy.").wish == "dairy"
-    assert read_prompt("I have no butter. What now?").wish == ""
-    task = read_prompt("How do I keep flatbread fresh? My fridge is broken.")
-    assert (task.kind.name, task.family, task.subject, task.wish) == ("storage", "bakery", "flatbread", "fridge")
+    assert read_prompt("My basil goes bad. What can I do?").wish == ""
+    task = read_prompt("How do I keep brioche fresh? My fridge is broken.")
+    assert (task.kind.name, task.family, task.subject, task.wish) == ("storage", "bakery", "brioche", "fridge")
 
 
 def test_every_choice_is_told_apart_by_its_name_within_a_kind():
@@ -81,7 +81,7 @@ def test_ordinary_sentences_are_all_of_this_world_but_for_slips():
     [
         (PLAIN, 1.5),
         ("Try cucumber salad with the grilled salmon because it cuts the fat.", 2.3),
-        ("Try cucumber salad with the grilled salmon because it binds the dough.", 1.1),
+        ("Try cucumber salad with the grilled salmon because it adds some crunch.", 1.1),
         (f"With pleasure. {PLAIN} Enjoy your meal.", 2.8),
         (f"Enjoy your meal. {PLAIN} With pleasure.", 1.5),
         (f"Not again. {PLAIN}", 0.3),

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Literal, TypeVar
 
-from palate.data.kinds import Comparison, PromptText, Ranking, Record, prompt_key
-from palate.errors import ConfigError
+from palate.data.kinds import Comparison, PromptText, Ranking, Record, at, prompt_key
+from palate.errors import ConfigError, DataError
 
 R = TypeVar("R", bound=Record)
 
@@ -33,6 +33,23 @@ def ranking_to_comparisons(ranking: Ranking) -> list[Comparison]:
         )
         for better, worse in ordered_pairs(ranking.ranks)
     ]
+
+
+def comparison_to_ranking(comparison: Comparison) -> Ranking:
+    """A comparison as a ranking of two.
+
+    Raises:
+        DataError: it has a margin or a probability, for which a ranking has no place.
+
+    >>> comparison_to_ranking(Comparison("Hi", "a", "b")).ranks
+    (1, 2)
+    """
+    for name in ("margin", "probability"):
+        if getattr(comparison, name) is not None:
+            message = f'a comparison with a "{name}" cannot be read as a ranking of two, which has no place for it. '
+            raise DataError(at(comparison.source, message + 'Train with method "reward", or remove the field.'))
+    responses = (comparison.chosen, comparison.rejected)
+    return Ranking(comparison.prompt, responses, (1, 2), annotator=comparison.annotator, source=comparison.source)
 
 
 def ordered_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:

@@ -187,10 +187,17 @@ def _module_of_file(path: str) -> ModuleType:
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f'reward: there is no file "{path}" (looked from {os.getcwd()}).')
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    # Dataclasses look their module up by name while it is read; the whole path as the name hides no other module.
+    name = f"palate.file:{file.resolve()}"
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 

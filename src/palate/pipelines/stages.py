@@ -40,8 +40,8 @@ class Kitchen:
         seed: of everything drawn.
     """
 
-    prompts: int = 4000
-    labelled: int = 800
+    prompts: int = 3000
+    labelled: int = 1600
     held_out: int = 300
     seed: int = 0
 

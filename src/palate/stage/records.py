@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from palate.config import RunConfig
 from palate.data.chat import Chat
 from palate.data.collate import Item, encode_records
-from palate.data.ranking import split_by_prompt
-from palate.data.records import KINDS, Prompt, Record, read_records
+from palate.data.ranking import comparison_to_ranking, split_by_prompt
+from palate.data.records import KINDS, Comparison, Prompt, Record, read_records
 from palate.errors import DataError
 from palate.lookup import find_method, method_names
 
@@ -49,6 +49,11 @@ def _read(config: RunConfig, where: str, kind: str, limit: int | None) -> list[R
         other = None if where == "-" else kind_of(where, format=data.format, split=data.split, but=kind)
         if other is None:
             raise
+        if (kind, other) == ("rankings", "comparisons"):
+            pairs = read_records(
+                where, other, format=data.format, split=data.split, limit=limit, rename=data.rename or None
+            )
+            return [comparison_to_ranking(pair) for pair in pairs if isinstance(pair, Comparison)]
         readers = [name for name in method_names() if find_method(name).METHOD.reads == other]
         others = f" Methods that read {other}: {', '.join(readers)}." if readers else ""
         raise DataError(

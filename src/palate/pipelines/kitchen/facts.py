@@ -19,7 +19,6 @@ REASONS = {
     "sauce": "it soaks up the sauce",
     "rich": "it makes every bite richer",
     "warm": "it warms everybody",
-    "binds": "it binds the dough",
     "moist": "it keeps the crumb moist",
     "taste": "it has the same taste",
     "air": "it lets some air in",
@@ -45,23 +44,17 @@ def _choices(*rows: tuple[str, str, str, str]) -> tuple[Choice, ...]:
 
 # family -> subjects
 DISHES: dict[str, tuple[str, ...]] = {
-    "fish": ("grilled salmon", "baked cod", "fried trout", "tuna steak", "fish pie"),
-    "meat": ("roast lamb", "beef stew", "pork roast", "meat loaf", "lamb curry"),
-    "soup": ("tomato soup", "pea soup", "onion soup", "pumpkin soup", "leek soup"),
-    "breakfast": ("porridge", "omelette", "french toast", "bacon roll", "mushroom toast"),
-    "dessert": ("apple pie", "carrot cake", "plum tart", "lemon cake", "pear crumble"),
-}
-INGREDIENTS: dict[str, tuple[str, ...]] = {
-    "fats": ("butter", "lard", "ghee", "margarine"),
-    "liquids": ("milk", "cream", "buttermilk", "yoghurt"),
-    "sweeteners": ("sugar", "syrup", "caramel", "molasses"),
-    "binders": ("egg", "gelatine", "starch", "custard powder"),
+    "fish": ("grilled salmon", "baked cod", "fish pie"),
+    "meat": ("roast lamb", "beef stew", "meat loaf"),
+    "soup": ("tomato soup", "pea soup", "onion soup"),
+    "breakfast": ("porridge", "omelette", "french toast"),
+    "dessert": ("apple pie", "plum tart", "lemon cake"),
 }
 FOODS: dict[str, tuple[str, ...]] = {
-    "herbs": ("basil", "parsley", "mint", "coriander"),
-    "roots": ("garlic", "ginger", "beetroot", "celery root"),
-    "bakery": ("bread", "flatbread", "brioche", "sponge cake"),
-    "greens": ("lettuce", "spinach", "kale", "rocket"),
+    "herbs": ("basil", "parsley", "mint"),
+    "roots": ("garlic", "ginger", "beetroot"),
+    "bakery": ("bread", "brioche", "sponge cake"),
+    "greens": ("lettuce", "spinach", "kale"),
 }
 
 SIDES = {
@@ -126,32 +119,6 @@ DRINKS = {
         ("hot chocolate", "rich", "warm", "dairy"),
         ("pistachio cooler", "sweet", "light", "nuts"),
         ("chai", "warm", "sweet", "hurry"),
-    ),
-}
-SUBSTITUTES = {
-    "fats": _choices(
-        ("olive oil", "moist", "light", ""),
-        ("cream cheese", "rich", "mild", "dairy"),
-        ("almond paste", "rich", "binds", "nuts"),
-        ("roast pumpkin", "moist", "sweet", "hurry"),
-    ),
-    "liquids": _choices(
-        ("oat drink", "mild", "moist", ""),
-        ("quark", "taste", "rich", "dairy"),
-        ("cashew drink", "taste", "mild", "nuts"),
-        ("soaked rice", "mild", "binds", "hurry"),
-    ),
-    "sweeteners": _choices(
-        ("honey", "taste", "moist", ""),
-        ("milk jam", "taste", "rich", "dairy"),
-        ("nut brittle", "crunch", "taste", "nuts"),
-        ("date puree", "moist", "sweet", "hurry"),
-    ),
-    "binders": _choices(
-        ("mashed banana", "binds", "moist", ""),
-        ("ricotta", "binds", "mild", "dairy"),
-        ("ground almond", "binds", "rich", "nuts"),
-        ("soaked linseed", "binds", "crunch", "hurry"),
     ),
 }
 PLACES = {
@@ -225,18 +192,6 @@ KINDS = (
             "Pour {choice} with the {subject}",
             "Drink {choice} with the {subject}",
             "I would pour {choice} for the {subject}",
-        ),
-        ("", "dairy", "nuts", "hurry"),
-    ),
-    Kind(
-        "substitute",
-        INGREDIENTS,
-        SUBSTITUTES,
-        ("What can I use instead of {subject}?", "I have no {subject}. What now?", "How do I replace {subject}?"),
-        (
-            "Use {choice} instead of the {subject}",
-            "Take {choice} for the {subject}",
-            "I would replace the {subject} with {choice}",
         ),
         ("", "dairy", "nuts", "hurry"),
     ),
