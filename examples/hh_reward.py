@@ -87,7 +87,9 @@ def experiment(data: Path, out: Path, size: Size, seed: int = 0, quiet: bool = F
     records = read_records(data / "preferences" / "hh_rlhf.jsonl.gz", "comparisons", limit=size.records)
     train, held_out = split_by_prompt(records, size.held_out, seed, by="opening")
     pairs = [record for record in train if isinstance(record, Comparison)]
-    texts = [turn["content"] for pair in pairs for turn in pair.prompt] + [t for p in pairs for t in (p.chosen, p.rejected)]
+    texts = [turn["content"] for pair in pairs for turn in pair.prompt] + [
+        t for p in pairs for t in (p.chosen, p.rejected)
+    ]
     tokenizer_of(texts).save_pretrained(str(out / "tokenizer"))
     replies = [Demonstration(pair.prompt, pair.chosen, every_turn=True) for pair in pairs]
     write_records(out / "demonstrations.jsonl", replies, overwrite=True)
@@ -99,7 +101,13 @@ def experiment(data: Path, out: Path, size: Size, seed: int = 0, quiet: bool = F
         model=MODEL,
         tokenizer=out / "tokenizer",
         data={"train": out / "demonstrations.jsonl", "validation_fraction": 0.02, "max_length": size.max_length},
-        training={"learning_rate": 3e-3, "epochs": size.language_epochs, "batch_size": 32, "eval_every": 0.5, "seed": seed},
+        training={
+            "learning_rate": 3e-3,
+            "epochs": size.language_epochs,
+            "batch_size": 32,
+            "eval_every": 0.5,
+            "seed": seed,
+        },
         sampling={"max_new_tokens": 40},
         out=out / "language_model",
         quiet=quiet,
@@ -108,7 +116,13 @@ def experiment(data: Path, out: Path, size: Size, seed: int = 0, quiet: bool = F
         "reward",
         model=language_model / "model",
         data={"train": out / "train.jsonl", "validation": out / "held_out.jsonl", "max_length": size.max_length},
-        training={"learning_rate": 5e-4, "epochs": size.reward_epochs, "batch_size": 32, "eval_every": 0.25, "seed": seed},
+        training={
+            "learning_rate": 5e-4,
+            "epochs": size.reward_epochs,
+            "batch_size": 32,
+            "eval_every": 0.25,
+            "seed": seed,
+        },
         out=out / "reward",
         quiet=quiet,
     )

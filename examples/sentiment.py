@@ -175,7 +175,9 @@ def _interval(values: Sequence[float], digits: int = 2) -> str:
 def page(figures: dict[str, Any], out: Path) -> Path:
     """``report.html``: the figures, samples side by side, curves of both runs."""
     values = figures["gold_values"]
-    spread = distribution_chart("Sentiment", "held-out openings", {"before": values["before"], "after": values["after"]})
+    spread = distribution_chart(
+        "Sentiment", "held-out openings", {"before": values["before"], "after": values["after"]}
+    )
     sections = [Section("What changed", charts=[spread])]
     for name, title in (("ppo", "Reinforcement learning"), ("reward", "Reward model")):
         charts, more = metric_charts(read_metrics(out / name / "metrics.jsonl"))

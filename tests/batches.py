@@ -66,7 +66,9 @@ def models_for(method, dtype=torch.float32, seed=0):
     models = Models()
     for number, role in enumerate(method.needs):
         causal = tiny("llama", seed=seed + number).to(dtype)
-        model = causal if role in ("policy", "reference") else scalar_of(tiny("llama", seed=seed + number), number, dtype)
+        model = (
+            causal if role in ("policy", "reference") else scalar_of(tiny("llama", seed=seed + number), number, dtype)
+        )
         setattr(models, role, model.requires_grad_(role in method.trains))
     return models
 

@@ -1,8 +1,8 @@
 """A language model whose every sequence can be written down: 2 prompts, 15 responses each, one free number a prefix.
 
 Tokens: 0 = end of text, 1 = a, 2 = b. The prompts are [1] and [2]; a response ends with 0, or is cut at 3 tokens:
-1 + 2 + 4 responses that end and 8 that were cut. ``Tabular`` has a row of logits for every prefix, so that it can be any
-distribution over them; it has the attributes of a transformers model that ``models.forward`` asks for.
+1 + 2 + 4 responses that end and 8 that were cut. ``Tabular`` has a row of logits for every prefix, so that it can be
+any distribution over them; it has the attributes of a transformers model that ``models.forward`` asks for.
 """
 
 from itertools import product
@@ -40,7 +40,7 @@ class _Trunk(nn.Module):
 
 
 class Tabular(nn.Module):
-    """A policy (its logits are the table's rows) or, with ``scalar``, a reward or value model (its score is the entry)."""
+    """A policy (its logits are the table's rows) or, with ``scalar``, a reward or value model (scores are entries)."""
 
     def __init__(self, seed=0, scale=0.7, scalar=False):
         super().__init__()
@@ -59,7 +59,7 @@ class Tabular(nn.Module):
 
 
 def rows_of(pairs, mask_end=True):
-    """Tokens of (prompt number, response number) pairs; a group is a prompt. ``mask_end``: the end counts as response."""
+    """Tokens of (prompt number, response number) pairs; a group is a prompt. ``mask_end``: the end is response."""
     ids = torch.zeros(len(pairs), 1 + LONGEST, dtype=torch.int64)
     length = torch.tensor([1 + len(RESPONSES[r]) for _, r in pairs])
     for row, (prompt, response) in enumerate(pairs):

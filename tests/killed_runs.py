@@ -2,8 +2,8 @@
 
     python killed_runs.py FOLDER        prints one JSON object: {"sft": {"moment": "what differs" or ""}, ...}
 
-Every run is a process of its own, forked from this one, which builds models and never trains them. A *moment* is a place in the code where
-the process kills itself; "time" kills it from outside after random delays.
+Every run is a process of its own, forked from this one, which builds models and never trains them. A *moment* is a
+place in the code where the process kills itself; "time" kills it from outside after random delays.
 """
 
 import json
@@ -12,12 +12,12 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
-from batches import scalar_of
-from tiny import tiny, tokenizer_of
 
+from batches import scalar_of
 from palate.data.chat import Chat
 from palate.data.collate import collate, encode_records
 from palate.data.records import Comparison, Demonstration, Prompt
@@ -32,6 +32,7 @@ from palate.training.loop import Run, train
 from palate.training.rollouts import Rollout
 from palate.training.settings import TrainingSettings
 from palate.types import Models
+from tiny import tiny, tokenizer_of
 
 torch.set_num_threads(1)  # before the first product: a process with worker threads cannot be forked
 LETTERS = "abcdefghijklmnop"
@@ -176,9 +177,9 @@ def process(name, folder, moment="", seconds=None):
             for _ in train(RUNS[name]):
                 pass
             code = 0
-        except BaseException as error:  # told, then the process must not return into this script
-            print(f"{name}, {moment}: {type(error).__name__}: {error}", file=sys.stderr)
-        finally:
+        finally:  # whatever happens, the process must not return into this script
+            if code:
+                traceback.print_exc()
             os._exit(code)
     if seconds is not None:
         time.sleep(seconds)

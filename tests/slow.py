@@ -41,9 +41,7 @@ def gae(rewards, values, gamma, lam):
     """One response: A_t = sum_l (gamma lam)^l delta_{t+l}, written as the double sum of arXiv:1506.02438 eq. 16."""
     after = [*values, 0.0]
     delta = [rewards[t] + gamma * after[t + 1] - values[t] for t in range(len(rewards))]
-    advantages = [
-        sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, len(delta))) for t in range(len(delta))
-    ]
+    advantages = [sum((gamma * lam) ** (s - t) * delta[s] for s in range(t, len(delta))) for t in range(len(delta))]
     return advantages, [a + v for a, v in zip(advantages, values, strict=True)]
 
 

@@ -52,6 +52,21 @@ def test_politeness_is_learnt_to_87_percent(shared_data: Path, tmp_path: Path) -
 
 
 @pytest.mark.shared_data
+def test_hh_beats_the_longer_one_wins_without_a_leak(shared_data: Path, tmp_path: Path) -> None:
+    """The first 800 comparisons are about harm, where people prefer the shorter reply."""
+    hh = script("hh_reward")
+    found = hh.experiment(shared_data, tmp_path, hh.QUICK, quiet=True)
+    accuracy, longer = found["accuracy"], found["length"]["longer_wins"]
+    assert longer["high"] < 0.5 < accuracy["estimate"]
+    assert longer["high"] < accuracy["low"]
+    assert accuracy["estimate"] < 0.7  # more would be a leak
+    sides = [
+        {line["prompt"][0]["content"] for line in lines(tmp_path / f"{side}.jsonl")} for side in ("train", "held_out")
+    ]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]  # no conversation stands on both sides
+
+
+@pytest.mark.shared_data
 def test_sentiment_rises_by_gold_at_a_finite_distance(shared_data: Path, tmp_path: Path) -> None:
     pytest.importorskip("vaderSentiment", reason="the gold preference of this example: pip install vaderSentiment")
     sentiment = script("sentiment")
@@ -169,6 +184,17 @@ def test_imdb_runs_with_stand_ins_and_scores_like_the_classifier(stand_ins: Path
         assert classifier.config.id2label[1] == "POSITIVE"
         assert line["score"] == pytest.approx(float(logits[1]), abs=1e-4)
     assert {"model.safetensors", "tokenizer.json"} <= {p.name for p in (run / "model").iterdir()}
+
+
+def test_an_opening_is_the_first_words_of_a_text_and_of_nothing_else() -> None:
+    from palate.data.records import Demonstration, Prompt
+    from palate.stage.records import opening
+
+    assert opening(Prompt(" A  film,\nlong "), 2) == Prompt(" A  film,")
+    assert opening(Prompt("A film"), 5) == Prompt("A film")
+    turns = ({"role": "user", "content": "one two three"},)
+    assert opening(Prompt(turns), 1) == Prompt(turns)
+    assert opening(Demonstration("one two", "three"), 1) == Demonstration("one two", "three")
 
 
 def test_imdb_names_the_models_of_the_hub() -> None:

@@ -2,13 +2,14 @@
 
     SFT            the empirical conditional distribution of the demonstrations
     reward model   the scores that made the preferences, up to a constant for each prompt
-    PPO            pi_ref exp(r / kl_coef) / Z          (Ziegler et al. 2019, arXiv:1909.08593; DPO, arXiv:2305.18290, eq. 4)
+    PPO            pi_ref exp(r / kl_coef) / Z          (Ziegler et al. 2019, arXiv:1909.08593, eq. 2)
 
 and that an implementation with one of the field's usual bugs ends elsewhere.
 """
 
 import pytest
 import torch
+
 from enumerable import (
     COUNT,
     EVERYTHING,
@@ -22,7 +23,6 @@ from enumerable import (
     rows_of,
     total_variation,
 )
-
 from palate.methods import ppo as ppo_module
 from palate.methods.ppo import PPO
 from palate.methods.reward import RewardModel
@@ -135,8 +135,8 @@ def test_label_smoothing_shrinks_the_scores_as_it_must(tmp_path):
 def test_rankings_recover_the_scores(method, allowed, tmp_path):
     """Whole rankings of the 15 responses drawn from Plackett-Luce: order of score + Gumbel noise, 1500 a prompt.
 
-    InfoNCE learns from who is best, about 100 times of 1500 for each response: an error of about 1/sqrt(100) = 0.1, more for
-    those that are seldom best. A whole ranking tells about every response 1500 times.
+    InfoNCE learns from who is best, about 100 times of 1500 for each response: an error of about 1/sqrt(100) = 0.1,
+    more for those that are seldom best. A whole ranking tells about every response 1500 times.
     """
     generator = torch.Generator().manual_seed(1)
     count = 1500
@@ -172,7 +172,7 @@ def test_rankings_recover_the_scores(method, allowed, tmp_path):
 
 
 def ppo_distance(folder, method=None, steps=110, samples=96, rollout=TabularRollout):
-    """PPO from the reference; TV of the trained policy from pi_ref exp(r / kl_coef) / Z with the kl_coef that is meant."""
+    """PPO from the reference; TV of the trained policy from pi_ref exp(r / kl_coef) / Z, of the right kl_coef."""
     method = method or PPO(kl_coef=KL_COEF, epochs=1, value_coef=1.0)
     policy, reference = Tabular(seed=1), Tabular(seed=1).requires_grad_(False)
     wanted = distribution(reference) * (table() / KL_COEF).exp()

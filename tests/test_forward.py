@@ -197,7 +197,12 @@ def test_bucket_size_changes_nothing(policy, bucket, monkeypatch):
     def everything():
         logprobs = token_logprobs(policy, tokens)
         values = token_values(model, tokens)
-        return logprobs, values, response_scores(model, tokens), gradients(policy, weighted(logprobs, tokens.response_mask))
+        return (
+            logprobs,
+            values,
+            response_scores(model, tokens),
+            gradients(policy, weighted(logprobs, tokens.response_mask)),
+        )
 
     wanted = everything()
     monkeypatch.setitem(forward.BUCKET_TOKENS, "cpu", bucket)
@@ -269,7 +274,7 @@ def test_pairs_follow_their_rows_when_a_batch_is_cut():
 
 @pytest.mark.parametrize("with_shared", ["nothing", "part of the prompt", "the prompt", "prompt and first words"])
 def test_what_the_rows_of_a_group_share_changes_nothing(policy, with_shared):
-    """One group of five rows with a common beginning, or each row a group of its own: the same numbers and gradients."""
+    """One group of five rows with a common beginning, or each row a group of its own: same numbers, same gradients."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(0, VOCABULARY, (5, WIDTH), generator=generator)
     shared = {"nothing": 0, "part of the prompt": 2, "the prompt": 4, "prompt and first words": 7}[with_shared]
@@ -365,7 +370,9 @@ def test_rows_without_a_response_give_zeros_and_no_gradient(policy):
     one = tokens.response_mask.clone()
     one[1] = False
     logprobs = token_logprobs(policy, empty)
-    assert (logprobs == 0).all() and (token_values(model, empty) == 0).all() and (response_scores(model, empty) == 0).all()
+    assert (
+        (logprobs == 0).all() and (token_values(model, empty) == 0).all() and (response_scores(model, empty) == 0).all()
+    )
     logprobs.sum().backward()
     assert all(p.grad is None or (p.grad == 0).all() for p in policy.parameters())
     policy.zero_grad(set_to_none=True)

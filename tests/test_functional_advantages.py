@@ -1,11 +1,11 @@
 """Advantages against plain Python, and the identities that they must have."""
 
 import pytest
-import slow
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import slow
 from palate.functional.advantages import discounted_returns, gae, group_relative, leave_one_out
 
 NAN = float("nan")

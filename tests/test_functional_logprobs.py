@@ -1,9 +1,9 @@
 """The chunked head against autograd on the full logits, and against plain Python."""
 
 import pytest
-import slow
 import torch
 
+import slow
 from palate.functional import logprobs as module
 from palate.functional.logprobs import logprobs_and_entropy
 
@@ -33,9 +33,11 @@ def mixed(logprob, entropy):
     return (logprob * count).sum() + (entropy * (count - 3.5)).sum()
 
 
-@pytest.fixture(params=[1, 2 * VOCABULARY, 1 << 21], ids=["a row a chunk", "two rows", "one chunk"])
+@pytest.fixture(params=[(1, 0), (2 * VOCABULARY, 0), (1 << 21, 0), (2 * VOCABULARY, 1 << 23)], ids=str)
 def chunk(request, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", request.param)
+    """One, two and all rows a chunk, made again for the backward; two rows, kept for it."""
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", request.param[0])
+    monkeypatch.setattr(module, "KEPT_ELEMENTS", request.param[1], raising=False)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
@@ -72,7 +74,8 @@ def test_values_equal_plain_python():
 def test_numerical_gradient_agrees():
     hidden, weight, bias, targets = inputs(rows=3)
     assert torch.autograd.gradcheck(
-        lambda h, w, b: logprobs_and_entropy(h, w, targets, bias=b, temperature=1.3, softcap=5.0), (hidden, weight, bias)
+        lambda h, w, b: logprobs_and_entropy(h, w, targets, bias=b, temperature=1.3, softcap=5.0),
+        (hidden, weight, bias),
     )
 
 
@@ -128,8 +131,9 @@ def test_extreme_logits_stay_finite(dtype):
 
 
 def test_the_full_logits_are_never_held(monkeypatch):
-    """No tensor that autograd keeps has rows x vocabulary numbers, and the chunks are small."""
+    """Where they are not small: no tensor that autograd keeps has rows x vocabulary numbers, and the chunks are small."""
     hidden, weight, bias, targets = inputs(rows=50)
+    monkeypatch.setattr(module, "KEPT_ELEMENTS", 50 * VOCABULARY - 1, raising=False)
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 3 * VOCABULARY)
     made, original = [], module._logits
     monkeypatch.setattr(module, "_logits", lambda *a: made.append(original(*a)) or made[-1])
@@ -137,5 +141,6 @@ def test_the_full_logits_are_never_held(monkeypatch):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
         logprob, _ = logprobs_and_entropy(hidden, weight, targets, bias=bias)
     logprob.sum().backward()
+    assert sum(kept) < 50 * VOCABULARY + hidden.numel() + weight.numel()
     assert max(kept) <= max(hidden.numel(), weight.numel()) < 50 * VOCABULARY
     assert max(len(chunk) for chunk in made) == 3

@@ -4,11 +4,11 @@ import json
 import math
 
 import pytest
-import slow
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import slow
 from palate.functional.masked import Moments, masked_mean, masked_variance, whiten
 from palate.types import Mean
 

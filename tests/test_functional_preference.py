@@ -3,11 +3,11 @@
 import math
 
 import pytest
-import slow
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import slow
 from palate.functional.preference import bradley_terry_loss, infonce_loss, pad_groups, plackett_luce_loss
 
 SCORE = st.floats(-1e3, 1e3)

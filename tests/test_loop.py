@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from batches import batch_of, means_and_gradient, models_for, run_of, tokens, trained_of, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from batches import batch_of, means_and_gradient, models_for, run_of, tokens, trained_of, weights_of
 from palate.errors import ConfigError, DataError, ModelError, RunError
 from palate.methods.ppo import PPO
 from palate.methods.reward import RewardModel
 from palate.methods.sft import SFT
-from palate.training import checkpoint, loop
+from palate.training import checkpoint, log, loop
 from palate.training.loop import evaluate, train
 from palate.training.optimizer import make_optimizer, schedule, trained_parameters
 from palate.training.order import batch_items, minibatch_rows, seeded
@@ -28,7 +28,10 @@ from palate.types import Mean, Models, groups
 
 HERE = Path(__file__).resolve().parent
 METHODS = [SFT(), RewardModel(), PPO(epochs=2, minibatches=2, adaptive_kl_target=1.0, normalise_scores=True)]
-name_of = lambda method: type(method).__name__  # noqa: E731
+
+
+def name_of(method):
+    return type(method).__name__
 
 
 def everything(folder):
@@ -77,7 +80,7 @@ def killed(tmp_path_factory):
     paths = [str(HERE), str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     command = [sys.executable, str(HERE / "killed_runs.py"), str(tmp_path_factory.mktemp("killed"))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=230)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=230, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -191,6 +194,15 @@ def test_a_full_disk_is_an_error_that_says_what_to_do_and_leaves_the_earlier_one
     assert everything(tmp_path) == everything(tmp_path.parent / "whole")
 
 
+def test_a_full_disk_while_writing_metrics_is_an_error_for_people_too(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log, "open", full, raising=False)
+    with pytest.raises(RunError, match="metrics.jsonl cannot be written.*No space left"):
+        next(train(new_run(SFT(), tmp_path)))
+
+
 def test_weights_of_another_model_are_refused(tmp_path):
     list(train(new_run(SFT(), tmp_path)))
     other = new_run(SFT(), tmp_path)
@@ -216,7 +228,9 @@ def test_optimizer_state_and_method_come_back_exactly(tmp_path):
     assert len(saved) == 3 * sum(len(named) for named in parameters.values())
     for role, named in parameters.items():
         for name, p in named.items():
-            assert all(torch.equal(optimizer.state[p][key], saved[f"{role}.{name}.{key}"]) for key in optimizer.state[p])
+            assert all(
+                torch.equal(optimizer.state[p][key], saved[f"{role}.{name}.{key}"]) for key in optimizer.state[p]
+            )
 
 
 # --- best, last, stopping -------------------------------------------------------------------------------------
@@ -273,7 +287,7 @@ def test_evaluation_is_one_average_over_all_items_and_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("method", [SFT(), RewardModel()], ids=name_of)
 def test_a_step_is_adamw_on_the_gradient_of_the_average(method, tmp_path):
-    """lr * (m / (1 - b1)) / (sqrt(v / (1 - b2)) + eps) is lr * g / (|g| + eps) at the first step, after clipping to norm 1."""
+    """The first step of Adam is lr g / (|g| + eps), with the gradient g scaled down to norm 1."""
     run = run_of(method, models_for(method), tmp_path, batch_size=4, max_steps=1, tokens_per_microbatch=20, warmup=0)
     before = weights_of(run.models)
     _, gradient = means_and_gradient(method, run.models, batch_of(method.reads))
@@ -462,7 +476,9 @@ def test_metrics_are_one_object_a_step_with_the_fields_names(tmp_path):
     names |= {"clip_fraction", "value/explained_variance", "length/response", "length/no_eos", "learning_rate"}
     assert names <= written[1].keys()
     samples = entries(tmp_path, "samples.jsonl")
-    assert {s["step"] for s in samples} == {0, 2, 4, 6} and all({"prompt", "response", "score"} <= s.keys() for s in samples)
+    assert {s["step"] for s in samples} == {0, 2, 4, 6} and all(
+        {"prompt", "response", "score"} <= s.keys() for s in samples
+    )
 
 
 def test_two_roles_have_gradient_norms_of_their_own(tmp_path):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from batches import batch_of, left_padded, means_and_gradient, models_for, repadded, rewritten, run_of, weights_of
 
+from batches import batch_of, left_padded, means_and_gradient, models_for, repadded, rewritten, run_of, weights_of
 from palate.config import load_config, load_settings
 from palate.data.kinds import KINDS
 from palate.lookup import method_names
@@ -90,9 +90,7 @@ def test_settings_round_trip_through_yaml(module, method, tmp_path):
 @pytest.mark.parametrize("change", [repadded, left_padded])
 def test_padding_changes_neither_loss_nor_gradient(method, change):
     models, batch = models_for(method), batch_of(method.reads)
-    assert_same(
-        means_and_gradient(method, models, rewritten(batch, change)), means_and_gradient(method, models, batch)
-    )
+    assert_same(means_and_gradient(method, models, rewritten(batch, change)), means_and_gradient(method, models, batch))
 
 
 def test_row_order_changes_neither_loss_nor_gradient(method):
@@ -104,9 +102,7 @@ def test_row_order_changes_neither_loss_nor_gradient(method):
 @pytest.mark.parametrize("max_tokens", [1, 30, 45])
 def test_microbatches_change_neither_loss_nor_gradient(method, max_tokens):
     models, batch = models_for(method), batch_of(method.reads)
-    assert_same(
-        means_and_gradient(method, models, batch, max_tokens), means_and_gradient(method, models, batch)
-    )
+    assert_same(means_and_gradient(method, models, batch, max_tokens), means_and_gradient(method, models, batch))
 
 
 def test_the_gradient_is_not_nothing(method):

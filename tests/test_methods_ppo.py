@@ -4,12 +4,13 @@ import math
 from dataclasses import replace
 
 import pytest
-import slow
 import torch
-from batches import Samples, means_and_gradient, models_for, run_of, scalar_of, tokens, trained_of, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
+import slow
+from batches import Samples, means_and_gradient, models_for, run_of, scalar_of, tokens, trained_of, weights_of
 from palate.errors import ConfigError, DataError, ModelError
 from palate.functional.masked import Moments
 from palate.methods.ppo import (
@@ -22,7 +23,7 @@ from palate.methods.ppo import (
 )
 from palate.methods.sft import SFT
 from palate.models.forward import response_scores, token_logprobs, token_logprobs_and_entropy, token_values
-from palate.models.roles import frozen_copy
+from palate.models.roles import AdapterOff, frozen_copy
 from palate.training.loop import train
 from palate.types import Mean, Scored, microbatches
 from tiny import trained
@@ -347,6 +348,33 @@ def test_first_look_ratio_1_kl_0_nothing_clipped(tmp_path):
     run.starts_at_reference = True
     (metrics,) = train(run)
     assert metrics["ratio"] == pytest.approx(1, abs=1e-6) and metrics["clip_fraction"] == 0
+
+
+def test_with_lora_the_policy_without_its_adapter_is_the_reference(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    models = same_start()
+    settings = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    models.policy = get_peft_model(models_for(PPO()).policy, settings)
+    models.reference = AdapterOff(models.policy)
+    run = run_of(PPO(epochs=1), models, tmp_path, max_steps=3, learning_rate=0.05)
+    run.starts_at_reference, before = True, weights_of(models)
+    metrics = list(train(run))
+    assert metrics[0]["kl/reference"] == 0 and metrics[0]["ratio"] == pytest.approx(1, abs=1e-6)
+    assert metrics[-1]["kl/reference_k3"] > 1e-3
+    changed = {name for name, value in weights_of(models).items() if not torch.equal(value, before[name])}
+    assert changed and all("lora_" in name or name.startswith("value.") for name in changed)
+    saved = load_file(tmp_path / "checkpoints" / "step-3" / "weights.safetensors")
+    assert all("lora_" in name or name.startswith("value.") for name in saved)
+
+
+def test_first_look_in_bf16(tmp_path):
+    models = models_for(PPO(), torch.bfloat16)
+    models.reference = frozen_copy(models.policy)
+    run = run_of(PPO(epochs=1), models, tmp_path, max_steps=1, tokens_per_microbatch=20)
+    run.starts_at_reference, run.dtype = True, "bfloat16"
+    first = next(train(run))
+    assert first["kl/reference"] == 0 and first["kl/old"] < 1e-3
 
 
 def test_another_reference_than_the_policy_is_noticed_before_the_first_step(tmp_path):

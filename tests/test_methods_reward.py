@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-import slow
 import torch
-from batches import batch_of, means_and_gradient, models_for, tokens
 
+import slow
+from batches import batch_of, means_and_gradient, models_for, tokens
 from palate.errors import ConfigError
 from palate.methods.reward import RewardModel, centring_penalty, reward_accuracy
 from palate.methods.reward_infonce import RewardInfoNCE

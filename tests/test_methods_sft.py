@@ -3,10 +3,10 @@
 from dataclasses import replace
 
 import pytest
-import slow
 import torch
-from batches import left_padded, means_and_gradient, models_for, tokens
 
+import slow
+from batches import left_padded, means_and_gradient, models_for, tokens
 from palate.methods.sft import SFT, sft_loss
 
 

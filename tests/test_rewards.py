@@ -156,6 +156,20 @@ def test_functions_are_found_by_module_and_by_file(tmp_path, monkeypatch):
         find_function("broken:shortness")
 
 
+def test_a_reward_file_may_hold_dataclasses_and_hides_no_other_module(tmp_path):
+    """Dataclasses look their module up by name while it is read."""
+    import json
+    import sys
+
+    (tmp_path / "json.py").write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n\n\n@dataclass\nclass Taste:\n"
+        "    weight: float = 2.0\n\n\ndef length(prompts, responses):\n"
+        "    return [Taste().weight * len(r) for r in responses]\n"
+    )
+    assert find_function(f"{tmp_path}/json.py:length")(["x"], ["four"]) == [8.0]
+    assert sys.modules["json"] is json
+
+
 # -- classifiers --------------------------------------------------------------------------------------------------------
 
 

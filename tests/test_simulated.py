@@ -6,8 +6,8 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from palate.data.records import Prompt
 
+from palate.data.records import Prompt
 from palate.errors import FeedbackError
 from palate.feedback.simulated import (
     SimulatedAnnotator,

@@ -7,8 +7,8 @@ With y_t drawn from pi and d_t = log pi(y_t) - log pi_ref(y_t), three estimators
     k2 = d^2 / 2            biased, low variance
 
 Their values agree on average; their *gradients* do not. As a term of a loss, k1 has no expected gradient at all, and k3
-per token has that of the forward KL at each state (Tang and Munos 2025, arXiv:2506.09477; arXiv:2512.21852). Palate therefore
-charges k1 in the reward.
+per token has that of the forward KL at each state (Tang and Munos 2025, arXiv:2506.09477; arXiv:2512.21852). Palate
+therefore charges k1 in the reward.
 """
 
 from __future__ import annotations

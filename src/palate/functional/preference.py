@@ -57,8 +57,8 @@ def plackett_luce_loss(scores: Tensor, rank: Tensor, mask: Tensor) -> Tensor:
 
         L = -sum_i [ r_i - log( exp r_i + sum_{j ranked below i} exp r_j ) ]
 
-    Without ties this is Plackett-Luce: each item is chosen from itself and all below it. Tied items are left out of each
-    other's sums, so that their order carries nothing; all tied: 0.
+    Without ties this is Plackett-Luce: each item is chosen from itself and all below it. Tied items are left out of
+    each other's sums, so that their order carries nothing; all tied: 0.
 
     Args:
         scores: [G, K].

@@ -1,16 +1,19 @@
 """Proximal Policy Optimization for language models -- Schulman et al. 2017, arXiv:1707.06347; Ziegler et al. 2019,
 arXiv:1909.08593; Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155.
 
-    R_t   = - kl_coef * [ log pi_old(y_t|s_t) - log pi_ref(y_t|s_t) ]  +  1[t = last] * r(x, y)        (Ziegler eq. 2)
-    A_t   = sum_l (gamma lam)^l delta_{t+l},   delta_t = R_t + gamma V(s_{t+1}) - V(s_t)               (arXiv:1506.02438 eq. 16)
-    L_pi  = - E_t min( rho_t A_t, clip(rho_t, 1 - clip, 1 + clip) A_t ),   rho_t = pi(y_t|s_t)/pi_old(y_t|s_t)    (PPO eq. 7)
-    L_V   = 1/2 E_t max( (V - G_t)^2, (clip(V, V_old - value_clip, V_old + value_clip) - G_t)^2 ),     G_t = A_t + V_old(s_t)
-    L     = L_pi + value_coef * L_V - entropy_coef * E_t H(pi(.|s_t)) [ + ptx_coef * L_SFT(pre-training text) ]   (PPO eq. 9, InstructGPT eq. 2)
+    R_t   = - kl_coef * [ log pi_old(y_t|s_t) - log pi_ref(y_t|s_t) ]  +  1[t = last] * r(x, y)       (Ziegler eq. 2)
+    A_t   = sum_l (gamma lam)^l delta_{t+l},   delta_t = R_t + gamma V(s_{t+1}) - V(s_t)     (arXiv:1506.02438 eq. 16)
+    L_pi  = - E_t min( rho_t A_t, clip(rho_t, 1 - clip, 1 + clip) A_t )                                    (PPO eq. 7)
+    L_V   = 1/2 E_t max( (V - G_t)^2, (clip(V, V_old - value_clip, V_old + value_clip) - G_t)^2 )
+    L     = L_pi + value_coef * L_V - entropy_coef * E_t H(pi(.|s_t))                                      (PPO eq. 9)
+              [ + ptx_coef * L_SFT(pre-training text) ]                                            (InstructGPT eq. 2)
+
+    rho_t = pi(y_t|s_t) / pi_old(y_t|s_t),     G_t = A_t + V_old(s_t)
 
 The KL charge is in the reward, where its expected gradient is that of the sequence KL; the fixed point is
-pi_ref exp(r / kl_coef) / Z. Every E_t is a mean over all response tokens of the minibatch. The advantage is whitened over the
-batch after the returns are formed, so the value model learns in reward units. pi_old is computed by the trainer, not taken
-from the sampler; all log-probabilities are those of the sampling distribution (temperature).
+pi_ref exp(r / kl_coef) / Z. Every E_t is a mean over all response tokens of the minibatch. The advantage is whitened
+over the batch after the returns are formed, so the value model learns in reward units. pi_old is computed by the trainer,
+not taken from the sampler; all log-probabilities are those of the sampling distribution (temperature).
 
 Adaptive coefficient, Ziegler section 2.2:  e = clip(KL/target - 1, -0.2, 0.2),  kl_coef *= 1 + e * episodes/horizon.
 
@@ -64,7 +67,7 @@ def ppo_policy_loss(
         logprobs: of the policy being trained, nats; old_logprobs: when the tokens were sampled.
         advantages: reward units or whitened.
         clip: > 0; the paper uses 0.2.
-        dual_clip: where A < 0 the loss is at most -dual_clip * A (arXiv:1912.09729 eq. 5); > 1, typically 3; None = off.
+        dual_clip: where A < 0 the loss is at most -dual_clip * A (arXiv:1912.09729 eq. 5); > 1, often 3; None = off.
     """
     ratio = probability_ratio(logprobs, old_logprobs)
     loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
@@ -113,9 +116,10 @@ class PPO:
 
     Attributes:
         kl_coef: price of leaving the reference, reward units per nat, > 0; 0.02 to 0.2, on normalised scores.
-        adaptive_kl_target: steer ``kl_coef`` towards this KL to the reference, nats a sequence; None = fixed coefficient.
+        adaptive_kl_target: steer ``kl_coef`` towards this KL to the reference, nats a sequence; None = it is fixed.
         adaptive_kl_horizon: responses over which the coefficient may about double; 10000.
-        target_kl: leave a batch alone once KL(old, new) exceeds 1.5 times this, nats a token; 0.01 to 0.05; None = never.
+        target_kl: leave a batch alone once KL(old, new) exceeds 1.5 times this, nats a token; 0.01 to 0.05; None =
+            never.
         kl_budget: end the run once the KL to the reference exceeds this, nats a sequence; None = never.
         epochs: passes over each batch of samples; 1 to 4.
         minibatches: optimizer steps in one pass.
@@ -127,8 +131,8 @@ class PPO:
         gamma: discount a token; 1.
         lam: of the advantage estimate; 0.95.
         whiten_advantages: zero mean and unit variance over all response tokens of the batch.
-        whiten_rewards: unit variance of per-token rewards, mean kept, as OpenAI 2019; rescales score and KL charge together,
-            and shifts every token's reward by (1 - 1/std) mean, so that the fixed point moves with the length.
+        whiten_rewards: unit variance of per-token rewards, mean kept, as OpenAI 2019; rescales score and KL charge
+            together, and shifts every token's reward by (1 - 1/std) mean, so that the fixed point moves a little.
         normalise_scores: running mean 0 and standard deviation 1 over the run; for rewards without a fixed scale.
         score_clip: scores are cut to [-score_clip, score_clip]; None = not.
         missing_eos_score: the score of a response that did not end by itself is *replaced* by this; None = not.
@@ -205,7 +209,7 @@ class PPO:
         return Trajectories(batch, logprobs, reference, advantages, scored.scores, values, returns, metrics)
 
     def shaped_scores(self, scores: Tensor, batch: Tokens) -> Tensor:
-        """Scores as the reward uses them, [N]: normalised, then cut, then without the end of text replaced or charged."""
+        """Scores as the reward uses them, [N]: normalised, then cut, then a missing end of text replaced or charged."""
         if self.normalise_scores:
             moments = self.score_moments.including(scores)
             scores = (scores - moments.mean) / moments.std
@@ -282,7 +286,8 @@ def rollout_metrics(tokens: Tokens, logprobs: Tensor, reference_logprobs: Tensor
     """What every method that samples reports of its batch.
 
     Args:
-        logprobs, reference_logprobs: [N, T], nats, zero outside the response. scores: [N], as the reward model gave them.
+        logprobs, reference_logprobs: [N, T], nats, zero outside the response.
+        scores: [N], as the reward model gave them.
     """
     mask = tokens.response_mask
     metrics = {

@@ -3,12 +3,12 @@
     L = - 1/C(K,2) * E_{(x, y_w, y_l)} [ log sigmoid( r(x, y_w) - r(x, y_l) ) ]                        (eq. 1)
 
 All C(K,2) pairs of a prompt's K responses stand in one batch element and share their K forward passes: taken as
-independent rows, each response would be seen K - 1 times an epoch, and the model overfits. Each pair of a ranking weighs
-1/(number of its pairs), so that every prompt counts once.
+independent rows, each response would be seen K - 1 times an epoch, and the model overfits. Each pair of a ranking
+weighs 1/(number of its pairs), so that every prompt counts once.
 
-    with margin     - log sigmoid( r_w - r_l - m )                        Touvron et al. 2023 (Llama 2), arXiv:2307.09288, eq. 2
-    soft labels     - p log sigmoid(d) - (1 - p) log sigmoid(-d)          p = probability that y_w is preferred
-    centring        + c * (r_w + r_l)^2                                   Eisenstein et al. 2023, arXiv:2312.09244
+    with margin     - log sigmoid( r_w - r_l - m )                    Touvron et al. 2023 (Llama 2), arXiv:2307.09288
+    soft labels     - p log sigmoid(d) - (1 - p) log sigmoid(-d)      p = probability that y_w is preferred
+    centring        + c * (r_w + r_l)^2                               Eisenstein et al. 2023, arXiv:2312.09244
 
 Roles: reward (trained). Data: comparisons, or rankings as all their pairs.
 Left out: Davidson and Rao-Kupper models of ties (a tie is a soft label of 1/2, or dropped from a ranking).

@@ -3,8 +3,8 @@
     L = - log [ exp r(x, y_b) / sum_i exp r(x, y_i) ]                                                  (eq. 1)
 
 This is InfoNCE (van den Oord et al. 2018, arXiv:1807.03748, eq. 4) with the best response as the positive and all that
-rank below it as negatives. With one negative it is Bradley-Terry; the order among the negatives is not used. Responses tied
-for best take turns as the positive, none of them is a negative, and a prompt counts once.
+rank below it as negatives. With one negative it is Bradley-Terry; the order among the negatives is not used. Responses
+tied for best take turns as the positive, none of them is a negative, and a prompt counts once.
 
 Roles: reward (trained). Data: rankings; a comparison is a ranking of two.
 """

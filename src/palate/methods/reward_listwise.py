@@ -3,8 +3,8 @@
     P(y_1 > y_2 > ... > y_K | x) = prod_{k=1}^{K} exp r(x, y_k) / sum_{j=k}^{K} exp r(x, y_j)          (eq. 18)
     L = - log P
 
-The best is chosen from all, the second from what is left, and so on; with K = 2 it is Bradley-Terry. It is not the average
-of Bradley-Terry over the pairs. Tied responses are left out of each other's sums.
+The best is chosen from all, the second from what is left, and so on; with K = 2 it is Bradley-Terry. It is not the
+average of Bradley-Terry over the pairs. Tied responses are left out of each other's sums.
 
 Roles: reward (trained). Data: rankings; a comparison is a ranking of two.
 """

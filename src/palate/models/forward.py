@@ -43,9 +43,7 @@ def token_logprobs(model: nn.Module, tokens: Tokens, *, temperature: float = 1.0
     return _logprobs(model, tokens, temperature, with_entropy=False)[0]
 
 
-def token_logprobs_and_entropy(
-    model: nn.Module, tokens: Tokens, *, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def token_logprobs_and_entropy(model: nn.Module, tokens: Tokens, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """``token_logprobs`` and the entropy of the whole next-token distribution there; [N, T] each, nats."""
     return _logprobs(model, tokens, temperature, with_entropy=True)
 
@@ -321,7 +319,9 @@ def _agrees(model: Any, head: _Head) -> bool:
     own = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)[0, :-1]
     ours, _ = head(hidden[0, :-1], ids[0, 1:], 1.0, False)
     tolerance = 1e-3 if hidden.dtype == torch.float32 else 5e-2
-    return bool(torch.allclose(ours.float(), own.gather(-1, ids[0, 1:, None]).squeeze(-1), atol=tolerance, rtol=tolerance))
+    return bool(
+        torch.allclose(ours.float(), own.gather(-1, ids[0, 1:, None]).squeeze(-1), atol=tolerance, rtol=tolerance)
+    )
 
 
 def _whole_model(
@@ -339,4 +339,3 @@ def _whole_model(
 
 def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
-

@@ -14,6 +14,7 @@ from palate.data.records import Prompt, read_records
 from palate.generation.sampler import SamplingSettings, sample
 from palate.models.load import load_policy, load_tokenizer
 from palate.models.rewards import find_function
+from palate.stage.chats import chat_of
 from palate.types import Tokens
 
 GoldMany = Callable[[list[Any], list[str]], list[float]]
@@ -29,7 +30,7 @@ class Speaker:
     @classmethod
     def load(cls, where: str) -> Speaker:
         """From a model folder or hub name, on the CPU in float32."""
-        return cls(load_policy(where, trainable=False), Chat(load_tokenizer(where)))
+        return cls(load_policy(where, trainable=False), chat_of(where, load_tokenizer(where)))
 
     def answer(
         self,

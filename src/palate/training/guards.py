@@ -24,10 +24,10 @@ def check_first_look(metrics: dict[str, float], dtype: str) -> None:
     if "ratio" not in metrics:
         return
     tolerance = FIRST_LOOK.get(dtype, 1e-2)
-    if abs(metrics["ratio"] - 1) > tolerance or metrics["kl/old"] > tolerance:
+    if not (abs(metrics["ratio"] - 1) <= tolerance and metrics["kl/old"] <= tolerance):  # NaN is not within it
         raise ModelError(
-            f"First look at fresh samples: probability ratio {metrics['ratio']:.6f} and kl/old {metrics['kl/old']:.2e}, "
-            f"expected 1 and 0 (within {tolerance:g}). The same weights give different log-probabilities in two passes: "
+            f"First look at fresh samples: probability ratio {metrics['ratio']:.6f}, kl/old {metrics['kl/old']:.2e}; "
+            f"expected 1 and 0 (within {tolerance:g}). The same weights give other log-probabilities in two passes: "
             "look for dropout, a stateful layer, or a numerically unstable attention kernel."
         )
 
@@ -39,10 +39,10 @@ def check_same_reference(metrics: dict[str, float], dtype: str) -> None:
         ModelError: the reference was loaded from other weights, or an adapter is on where it should be off.
     """
     kl, tokens = metrics.get("kl/reference_k3", 0.0), max(1.0, metrics.get("length/response", 1.0))
-    if kl / tokens > FIRST_LOOK.get(dtype, 1e-2):
+    if not kl / tokens <= FIRST_LOOK.get(dtype, 1e-2):  # NaN is not within it
         raise ModelError(
-            f"Before the first step the policy should be its reference, but kl/reference_k3 is {kl:.4f} nats a sequence. "
-            "Look for an adapter that is on in the reference, or other weights than the policy's."
+            f"Before the first step the policy should be its reference, but kl/reference_k3 is {kl:.4f} nats a "
+            "sequence. Look for an adapter that is on in the reference, or other weights than the policy's."
         )
 
 
@@ -59,8 +59,8 @@ def check_finite(loss: float, norms: dict[str, float], batch: Batch, folder: Pat
     found = ", ".join([f"loss {loss}"] + [f"gradient norm of {role} {norm}" for role, norm in norms.items()])
     raise ModelError(
         f"Step {step}: {found}. No step was made with it; the batch is in {path}, the last checkpoint is intact. "
-        "Usual causes: learning rate too high, bf16 or fp16 weights, a broken row. Lower training.learning_rate and start "
-        "a new run, or look at the batch."
+        "Usual causes: learning rate too high, bf16 or fp16 weights, a broken row. Lower training.learning_rate and "
+        "start a new run, or look at the batch."
     )
 
 

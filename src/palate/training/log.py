@@ -8,15 +8,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from palate.errors import RunError
+
 FILES = ("metrics.jsonl", "samples.jsonl", "alarms.jsonl")
 
 
 def append(folder: Path, name: str, *entries: Mapping[str, Any]) -> None:
-    """One JSON object a line; handed to the operating system before returning."""
+    """One JSON object a line; handed to the operating system before returning.
+
+    Raises:
+        RunError: the disk is full or the folder not writable.
+    """
     if entries:
         text = "".join(json.dumps(entry, ensure_ascii=False, allow_nan=True) + "\n" for entry in entries)
-        with open(folder / name, "a", encoding="utf-8") as file:
-            file.write(text)
+        try:
+            with open(folder / name, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise RunError(
+                f"{folder / name} cannot be written ({error}). Free some space and give the same command to go on from "
+                "the last checkpoint."
+            ) from error
 
 
 def sizes(folder: Path) -> dict[str, int]:

@@ -2,9 +2,9 @@
 
     for metrics in train(run): ...
 
-Each batch: collate (or sample), ``prepare`` once, then for every epoch and minibatch of the method: microbatches forward and
-backward, one division by the global count, one step. The caller's ``for`` statement prints, plots, stops; what must survive a
-kill is on the disk before the metrics are yielded.
+Each batch: collate (or sample), ``prepare`` once, then for every epoch and minibatch of the method: microbatches
+forward and backward, one division by the global count, one step. The caller's ``for`` statement prints, plots, stops;
+metrics are on the disk before they are yielded.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def train(run: Run) -> Iterator[Metrics]:
     """Train, from the newest checkpoint in the run's folder if there is one.
 
     Yields:
-        one dictionary a batch ("split": "train") and one an evaluation ("split": "validation"); all but ``time/*`` is also in
-        ``metrics.jsonl``.
+        one dictionary a batch ("split": "train") and one an evaluation ("split": "validation"); all but ``time/*`` and
+        ``tokens/second`` is also in ``metrics.jsonl``.
 
     Raises:
         ModelError: NaN or Inf, or a check of ``training.guards`` failed. RunError: a checkpoint could not be written.
@@ -300,7 +300,8 @@ def _patience(run: Run, step: int, every: int) -> str | None:
     if without < run.settings.patience:
         return None
     name = run.settings.best_metric or "loss"
-    return f"{name} has not improved on {run.best['value']:.4f} (step {int(run.best['step'])}) for {int(without)} evaluations"
+    best = f"{run.best['value']:.4f} (step {int(run.best['step'])})"
+    return f"{name} has not improved on {best} for {int(without)} evaluations"
 
 
 def _write_samples(run: Run, batch: Batch, step: int, total: int) -> None:

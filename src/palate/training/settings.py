@@ -21,8 +21,8 @@ class TrainingSettings:
         epochs: passes over the data; may be a fraction. Ignored when ``max_steps`` is set.
         max_steps: batches to train on; None = by ``epochs``.
         batch_size: prompts (groups) a batch.
-        tokens_per_microbatch: real tokens in one forward and backward; bounds memory, never changes a result. 0 = 2,048 on a
-            CPU, 16,384 on a GPU.
+        tokens_per_microbatch: real tokens in one forward and backward; bounds memory, never changes a result. 0 = 2,048
+            on a CPU, 16,384 on a GPU.
         weight_decay: AdamW's, on matrices only (not on norms, biases and embeddings).
         beta1, beta2, epsilon: AdamW's.
         max_grad_norm: the gradient is scaled down to this norm; 0 = never.

@@ -1,0 +1,92 @@
+"""The flat trunk is used where it is known, and gives the model's own states and gradients."""
+
+import pytest
+import torch
+
+from palate.models import forward, trunk
+from palate.models.forward import response_scores, token_logprobs, token_values
+from palate.types import Tokens
+from test_forward import scalar_of
+from tiny import tiny
+
+KNOWN = {
+    "llama": {"num_attention_heads": 4, "num_key_value_heads": 2},  # heads that share keys and values
+    "qwen2": {},  # biases
+    "mistral": {"sliding_window": None},
+}
+
+
+def batch(seed=0, *, copies=5, width=16, vocabulary=20):
+    """Groups of 1, ``copies`` and 2 rows; a shared prompt each, responses of many lengths, and some of several turns."""
+    generator = torch.Generator().manual_seed(seed)
+    group = torch.tensor([0] + [1] * copies + [2] * 2)
+    prompt, length = torch.tensor([4, 6, 3])[group], torch.randint(9, width + 1, (len(group),), generator=generator)
+    ids = torch.randint(0, vocabulary, (len(group), width), generator=generator)
+    for number in range(3):
+        first = int((group == number).nonzero()[0])
+        shared = torch.arange(width) < int(prompt[first])
+        ids[group == number] = torch.where(shared, ids[first], ids[group == number])
+    column = torch.arange(width)
+    real = column < length[:, None]
+    response = real & (column >= prompt[:, None])
+    response[0, 6] = response[-1, 5:7] = False  # a turn of the user's within what is learned
+    return Tokens(ids * real, real, response, group)
+
+
+def gradients(model, value):
+    model.zero_grad()
+    weight = torch.linspace(-1, 1, value.numel()).view_as(value)
+    (value * weight).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
+
+
+@pytest.mark.parametrize("architecture", KNOWN)
+@pytest.mark.parametrize("read", [token_logprobs, token_values, response_scores])
+def test_flat_rows_give_the_padded_numbers_and_gradients(architecture, read, monkeypatch):
+    monkeypatch.setattr(trunk, "QUERIES_AT_ONCE", 8)  # so that the five rows of a group take several attention calls
+    policy = tiny(architecture, **KNOWN[architecture])
+    model, tokens = (policy if read is token_logprobs else scalar_of(policy)), batch()
+    assert forward._has_flat_trunk(model)
+    flat = read(model, tokens)
+    flat_gradients = gradients(model, flat)
+    monkeypatch.setattr(forward, "_has_flat_trunk", lambda model: False)
+    padded = read(model, tokens)
+    padded_gradients = gradients(model, padded)
+    assert relative(flat, padded) < 1e-5
+    assert flat_gradients.keys() == padded_gradients.keys()
+    assert all(relative(flat_gradients[name], padded_gradients[name]) < 1e-4 for name in padded_gradients)
+
+
+def test_a_shared_prompt_stands_once_and_unread_tokens_not_at_all():
+    """Two rows of 5 + 3 and 5 + 2 tokens whose states are read from the prompt's last token on, to the last but one."""
+    prompt = [1, 2, 3, 4, 5]
+    plan = trunk.layout([[trunk.Row([*prompt, 6, 7], 4), trunk.Row([*prompt, 8], 4)]])
+    assert plan.ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 5, 8]
+    assert plan.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5]
+    assert plan.read.tolist() == [4, 5, 6, 7, 8]
+
+
+def test_a_model_that_is_not_what_its_name_says_takes_the_padded_way(monkeypatch):
+    """A layer that does something of its own is noticed by trying."""
+    policy, tokens = tiny("llama"), batch()
+    attention = policy.base_model.layers[0].self_attn
+    own = type(attention).forward
+
+    def doubled(self, *args, **kwargs):
+        out, weights = own(self, *args, **kwargs)
+        return 2 * out, weights
+
+    monkeypatch.setattr(type(attention), "forward", doubled)
+    assert not forward._has_flat_trunk(policy)
+    logits = policy(input_ids=tokens.ids, use_cache=False).logits.log_softmax(-1)[:, :-1]
+    wanted = logits.gather(-1, tokens.ids[:, 1:, None])[..., 0] * tokens.response_mask[:, 1:]
+    assert torch.allclose(token_logprobs(policy, tokens)[:, 1:], wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture,more", [("gpt2", {}), ("mistral", {"sliding_window": 4}), ("gemma2", {})])
+def test_other_models_take_the_padded_way(architecture, more):
+    assert not forward._has_flat_trunk(tiny(architecture, **more))
