@@ -41,7 +41,11 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
             row["tokens_s_range"] = [min(one["tokens_s"] for one in good), max(one["tokens_s"] for one in good)]
         rows.append(row)
     for row in rows:
-        same = (other for other in rows if (other["threads"], other["job"], other["tool"]) == (row["threads"], row["job"], "TRL"))
+        same = (
+            other
+            for other in rows
+            if (other["threads"], other["job"], other["tool"]) == (row["threads"], row["job"], "TRL")
+        )
         peer = next(same, {})
         if "tokens_s" in peer and "tokens_s" in row:
             row["speed_ratio"] = row["tokens_s"] / peer["tokens_s"]
@@ -88,13 +92,15 @@ def needed_operations(job: str, settings: dict[str, Any]) -> float:
 def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
     """Markdown."""
     machine, settings = results["machine"], results["settings"]
+    titles = ("job", "tool", "threads", "tokens/s", "x TRL", "s/step", "memory above import, MB", "x TRL")
+    titles += ("share of fp32 peak", "generation / scoring / update")
+    where = f"{machine['processor']}, {machine['cores']} cores"
+    how = f"medians of {settings['repeats']} runs, in turns"
     lines = [
-        f"Measured {settings['started']} on {machine['processor']}, {machine['cores']} cores; medians of "
-        f"{settings['repeats']} runs, in turns. Ratios are to TRL as shipped.",
+        f"Measured {settings['started']} on {where}; {how}. Ratios are to TRL as shipped.",
         "",
-        "| job | tool | threads | tokens/s | x TRL | s/step | memory above import, MB | x TRL | share of fp32 peak "
-        "| generation / scoring / update |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join(titles)} |",
+        "|" + "---|" * len(titles),
     ]
     order = list(TITLES)
     for row in sorted(rows, key=lambda row: (row["threads"], order.index(row["job"]))):
@@ -110,11 +116,8 @@ def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
     lines += [f"\nSkipped: {TITLES[s['job']]}, {s['tool']}: {s['reason']}." for s in results["skipped"]]
     for threads in sorted({row["threads"] for row in rows}):
         rates = [run["gflops"] for run in results["runs"] if run["threads"] == threads]
-        lines += [
-            "",
-            f"fp32 matrix multiply, {threads} threads: peak {max(rates):.0f} GFLOP/s; before single runs "
-            f"{min(rates):.0f} to {max(rates):.0f}.",
-        ]
+        swing = f"before single runs {min(rates):.0f} to {max(rates):.0f}"
+        lines += ["", f"fp32 matrix multiply, {threads} threads: peak {max(rates):.0f} GFLOP/s; {swing}."]
     return "\n".join(lines) + "\n"
 
 
@@ -135,12 +138,18 @@ def picture(rows: list[dict[str, Any]], path: Path) -> None:
     threads = sorted({row["threads"] for row in rows})
     tools = list(dict.fromkeys(row["tool"] for row in rows))
     jobs = [job for job in TITLES if any(row["job"] == job for row in rows)]
-    panels = (("tokens_s", "tokens per second", 1), ("memory_mb", "memory above import, MB", 1), ("share", "share of fp32 peak, %", 100))
+    panels = (
+        ("tokens_s", "tokens per second", 1),
+        ("memory_mb", "memory above import, MB", 1),
+        ("share", "share of fp32 peak, %", 100),
+    )
     figure, axes = plt.subplots(len(threads), 3, figsize=(13, 3.6 * len(threads)), squeeze=False)
     for line, count in zip(axes, threads, strict=True):
         for ax, (name, title, factor) in zip(line, panels, strict=True):
             for i, tool in enumerate(tools):
-                found = {row["job"]: row[name] * factor for row in rows if row["tool"] == tool and row["threads"] == count}
+                found = {
+                    row["job"]: row[name] * factor for row in rows if row["tool"] == tool and row["threads"] == count
+                }
                 places = [j + 0.8 * (i + 0.5) / len(tools) - 0.4 for j, job in enumerate(jobs) if job in found]
                 heights = [found[job] for job in jobs if job in found]
                 bars = ax.bar(places, heights, 0.8 / len(tools), label=tool)

@@ -40,7 +40,12 @@ def main() -> int:
     workload = Path(last_line([sys.executable, HERE / "workload.py", "--vocabulary", args.vocabulary]))
     steps = QUICK_STEPS if args.quick else STEPS
     steps = {job: args.steps or steps[job] for job in args.jobs}
-    results: dict[str, Any] = {"machine": machine(), "settings": settings(args, steps, workload), "runs": [], "skipped": []}
+    results: dict[str, Any] = {
+        "machine": machine(),
+        "settings": settings(args, steps, workload),
+        "runs": [],
+        "skipped": [],
+    }
     wanted = []
     for threads in args.threads:
         for job in args.jobs:
@@ -93,6 +98,7 @@ def measured(tool: Tool, job: str, *, threads: int, steps: int, workload: Path, 
         try:
             done = subprocess.run(
                 [str(word) for word in command],
+                check=False,
                 env=environment(tool, threads),
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -124,7 +130,12 @@ def machine() -> dict[str, Any]:
     if cpuinfo.exists():
         names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         model = names[0] if names else model
-    return {"processor": model, "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
 
 
 def settings(args: argparse.Namespace, steps: dict[str, int], workload: Path) -> dict[str, Any]:

@@ -14,7 +14,11 @@ HERE = Path(__file__).parent
 
 # glibc gives big tensors back to the system after every operation and pays for their pages again; these settings keep
 # them. They help a program that makes big temporary tensors, so peers are measured with them as well.
-TUNED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_TOP_PAD_": "67108864"}
+TUNED_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "MALLOC_TOP_PAD_": "67108864",
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ def tools() -> dict[str, Tool]:
     trl, trl_ppo = envs / "trl" / "bin" / "python", envs / "trl-ppo" / "bin" / "python"
     palate = {job: (here, HERE / "jobs" / f"palate_{job}.py") for job in ("sft", "reward", "ppo")}
     peer = {
-        job: (python, HERE / "jobs" / f"trl_{job}.py") for job, python in (("sft", trl), ("reward", trl), ("ppo", trl_ppo))
+        job: (python, HERE / "jobs" / f"trl_{job}.py")
+        for job, python in (("sft", trl), ("reward", trl), ("ppo", trl_ppo))
     }
     return {
         "palate": Tool("palate", palate, {"PYTHONPATH": str(HERE.parent / "src")}),
@@ -58,7 +63,9 @@ def tools() -> dict[str, Tool]:
 
 def environment(tool: Tool, threads: int) -> dict[str, str]:
     """The environment of one measured process: threads, no network, its own caches, and nothing of ours by accident."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "OMP_", "MKL_", "KMP_"))}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "OMP_", "MKL_", "KMP_"))
+    }
     path = os.pathsep.join(filter(None, (str(HERE), tool.environment.get("PYTHONPATH"))))
     return {
         **inherited,

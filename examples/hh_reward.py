@@ -87,10 +87,7 @@ def experiment(data: Path, out: Path, size: Size, seed: int = 0, quiet: bool = F
     records = read_records(data / "preferences" / "hh_rlhf.jsonl.gz", "comparisons", limit=size.records)
     train, held_out = split_by_prompt(records, size.held_out, seed, by="opening")
     pairs = [record for record in train if isinstance(record, Comparison)]
-    texts = [turn["content"] for pair in pairs for turn in pair.prompt] + [
-        t for p in pairs for t in (p.chosen, p.rejected)
-    ]
-    tokenizer_of(texts).save_pretrained(str(out / "tokenizer"))
+    tokenizer_of([text for pair in pairs for text in _texts(pair)]).save_pretrained(str(out / "tokenizer"))
     replies = [Demonstration(pair.prompt, pair.chosen, every_turn=True) for pair in pairs]
     write_records(out / "demonstrations.jsonl", replies, overwrite=True)
     write_records(out / "train.jsonl", train, overwrite=True)
@@ -128,6 +125,11 @@ def experiment(data: Path, out: Path, size: Size, seed: int = 0, quiet: bool = F
     )
     found: dict[str, Any] = json.loads((reward / "evaluation.json").read_text(encoding="utf-8"))
     return found
+
+
+def _texts(pair: Comparison) -> list[str]:
+    turns = [pair.prompt] if isinstance(pair.prompt, str) else [str(turn["content"]) for turn in pair.prompt]
+    return [*turns, pair.chosen, pair.rejected]
 
 
 def summary(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -50,7 +50,7 @@ class Size:
     held_out: int = 200  # openings for the evaluation
     samples: int = 4  # continuations of each at the evaluation, before and after
     reward_epochs: float = 2
-    batches: int = 40  # of PPO
+    batches: int = 30  # of PPO
     batch_size: int = 128  # openings a batch
     learning_rate: float = 3e-4  # of PPO
 
@@ -102,6 +102,8 @@ def experiment(data: Path, out: Path, size: Size, seed: int = 0, quiet: bool = F
     reward = palate.train(
         "reward",
         model=model,
+        reference=model,  # scores have mean 0 and standard deviation 1 on its samples, cut at TOKENS as PPO's will be
+        sampling={"max_new_tokens": TOKENS},
         data={"train": out / "rankings.jsonl", "validation_fraction": 0.15, "max_length": 128},
         training={"learning_rate": 1e-3, "epochs": size.reward_epochs, "batch_size": 16, "seed": seed},
         out=out / "reward",

@@ -131,7 +131,7 @@ def test_extreme_logits_stay_finite(dtype):
 
 
 def test_the_full_logits_are_never_held(monkeypatch):
-    """Where they are not small: no tensor that autograd keeps has rows x vocabulary numbers, and the chunks are small."""
+    """Unless they are small: nothing that autograd keeps has rows x vocabulary numbers, and chunks are small."""
     hidden, weight, bias, targets = inputs(rows=50)
     monkeypatch.setattr(module, "KEPT_ELEMENTS", 50 * VOCABULARY - 1, raising=False)
     monkeypatch.setattr(module, "CHUNK_ELEMENTS", 3 * VOCABULARY)

@@ -268,7 +268,7 @@ def test_early_stopping_counts_evaluations_without_a_better_one(best_is, stopped
 
 
 def test_an_unknown_best_metric_is_named_with_the_known_ones(tmp_path):
-    with pytest.raises(DataError, match="'acuracy'.*reward/accuracy"):
+    with pytest.raises(ConfigError, match="'acuracy'.*reward/accuracy"):
         list(train(new_run(RewardModel(), tmp_path, best_metric="acuracy")))
 
 

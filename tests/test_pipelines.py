@@ -15,7 +15,7 @@ name: small
 description: two cheap stages
 variables: {seed: 3, team: [{name: ann, temperature: 0.5}]}
 stages:
-  world: {do: kitchen, prompts: 20, labelled: 5, held_out: 4, seed: "${seed}"}
+  world: {do: kitchen, prompts: 20, held_out: 4, seed: "${seed}"}
   rankings:
     do: annotate
     responses: ${world}/responses.jsonl

@@ -7,8 +7,7 @@ import pytest
 from palate.pipelines.runner import run_pipeline
 
 SMALL = [
-    "world.prompts=120",
-    "world.labelled=16",
+    "world.prompts=60",
     "world.held_out=8",
     "sft.model.hidden_size=16",
     "sft.model.intermediate_size=24",

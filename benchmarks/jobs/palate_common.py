@@ -29,13 +29,14 @@ def measure(
     """
     probe = Probe(args.out)
 
-    import transformers
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     from palate.config import load_settings
     from palate.stage.run import load_stage, loop_run
     from palate.training.loop import train
 
-    transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification, transformers.AutoTokenizer
+    # Palate imports these when it needs them; a peer has them at the start, and memory is counted from there.
+    assert AutoModelForCausalLM and AutoModelForSequenceClassification and AutoTokenizer
     probe.imported()
     settings = {
         "out": f"{args.scratch}/run",

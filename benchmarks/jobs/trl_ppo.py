@@ -10,9 +10,9 @@ from probe import Probe
 args = common.arguments()
 probe = Probe(args.out)
 
-from datasets import load_dataset  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402
-from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # noqa: E402
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 probe.imported()
 common.count_tokens(probe, update_mark=True)

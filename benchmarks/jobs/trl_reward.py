@@ -6,9 +6,9 @@ from probe import Probe
 args = common.arguments()
 probe = Probe(args.out)
 
-from datasets import load_dataset  # noqa: E402
-from transformers import AutoModelForSequenceClassification, AutoTokenizer  # noqa: E402
-from trl import RewardConfig, RewardTrainer  # noqa: E402
+from datasets import load_dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from trl import RewardConfig, RewardTrainer
 
 probe.imported()
 common.count_tokens(probe)

@@ -6,9 +6,9 @@ from probe import Probe
 args = common.arguments()
 probe = Probe(args.out)
 
-from datasets import load_dataset  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
-from trl import SFTConfig, SFTTrainer  # noqa: E402
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
 
 probe.imported()
 common.count_tokens(probe)

@@ -1,6 +1,6 @@
 """The command line. Reads arguments, calls ``palate.api``, prints; everything heavy is imported inside the commands.
 
-Exit codes: 0 done, 1 failed, 2 the command or a setting is wrong, 130 interrupted. Messages go to standard error;
+Exit codes: 0 done, 1 failed, 2 the command or a setting is wrong, 130 interrupted, 143 terminated. Messages go to standard error;
 what a program might read goes to standard output, as JSON with ``--json``.
 """
 
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,17 +26,38 @@ class _Commands(TyperGroup):
     """Turns what a user can repair into one message on standard error."""
 
     def invoke(self, ctx: Any) -> Any:
+        warnings.showwarning = _said(warnings.showwarning)
         try:
             return super().invoke(ctx)
         except PalateError as error:
             typer.echo(f"palate: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
-        except KeyboardInterrupt:
-            message = "\nInterrupted."
+        except KeyboardInterrupt as stopped:
+            message = "\nTerminated." if isinstance(stopped, _Terminated) else "\nInterrupted."
             if ctx.invoked_subcommand in _RESUMABLE or sys.argv[1:2] and sys.argv[1] in _RESUMABLE:
                 message += f" The same command resumes where it stopped:\n    {shlex.join(['palate', *sys.argv[1:]])}"
             typer.echo(message, err=True)
-            raise typer.Exit(130) from None
+            raise typer.Exit(143 if isinstance(stopped, _Terminated) else 130) from None
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: what a cluster sends before it takes a machine away."""
+
+
+def _terminate(*_: Any) -> None:
+    raise _Terminated
+
+
+def _said(otherwise: Any) -> Any:
+    """``warnings.showwarning`` that says what is meant for the user as a sentence, without a line of source."""
+
+    def show(message: Any, category: Any, *place: Any, **more: Any) -> None:
+        if category is UserWarning:
+            typer.echo(f"palate: {message}", err=True)
+        else:
+            otherwise(message, category, *place, **more)
+
+    return show
 
 
 app = typer.Typer(
@@ -163,10 +186,11 @@ def sample(
     overwrite: Force = False,
 ) -> None:
     """Sample responses: one JSON line {"prompt", "response", "finished"} for each, in the order of the prompts."""
-    from palate.texts import read_prompts, sample_records, write_lines
+    from palate.texts import check_target, read_prompts, sample_records, write_lines
 
     if (data is None) == (not prompt):
         raise ConfigError("give prompts by --data FILE (or -) or by --prompt TEXT, and not both.")
+    check_target(out, overwrite=overwrite)
     prompts: list[Any] = list(prompt or ()) or read_prompts(str(data), format=format, limit=limit)
     decoding = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "temperature": temperature}
     decoding |= {"top_p": top_p, "top_k": top_k}
@@ -206,8 +230,9 @@ def score(
 
     Comparisons get "chosen_score" and "rejected_score", rankings "scores"; their accuracy is said on standard error.
     """
-    from palate.texts import read_scorable, score_records, write_lines
+    from palate.texts import check_target, read_scorable, score_records, write_lines
 
+    check_target(out, overwrite=overwrite)
     records = read_scorable(data, format=format, limit=limit)
     scored = score_records(
         reward,
@@ -384,4 +409,5 @@ def _progress(what: str) -> Any:
 
 def main() -> None:
     """The ``palate`` command."""
+    signal.signal(signal.SIGTERM, _terminate)
     app(prog_name="palate")

@@ -1,4 +1,4 @@
-"""A run's folder: made once, resumed by the same settings, never shared by two runs.
+"""A run's folder: made once, resumed by the same settings, never shared by two runs, and never written by two processes at once.
 
 ``config.yaml`` says whose folder it is. The folder of other settings is refused, with what differs. ``card.md`` is
 written last, so a folder with a card is a finished run.
@@ -7,9 +7,10 @@ written last, so a folder with a card is a finished run.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import yaml
 
@@ -21,6 +22,7 @@ State = Literal["new", "unfinished", "finished"]
 
 # What may change between two starts of one run: it changes no number.
 FREE = ("out", "name", "trackers", "training.keep_last")
+LOCK = ".lock"
 
 
 def open_run(config: RunConfig, unresolved: Collection[str] = ()) -> State:
@@ -41,18 +43,60 @@ def open_run(config: RunConfig, unresolved: Collection[str] = ()) -> State:
                 f"{folder}: this folder holds a run with other settings:\n  "
                 + "\n  ".join(found)
                 + "\nGive the settings it was started with to resume it, or another --out for a new run."
+                + ("" if _begun(folder) else f" It has no checkpoint yet: nothing is lost with it if you remove {folder}.")
             )
         return "finished" if (folder / "card.md").exists() else "unfinished"
-    if folder.exists() and (not folder.is_dir() or any(p.name != ".config.yaml.tmp" for p in folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(p.name not in (".config.yaml.tmp", LOCK) for p in folder.iterdir())):
         raise RunError(f"{folder}: exists, and is not the folder of a run (it has no config.yaml). Give another --out.")
     if unresolved:
         return "new"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(settings, config.to_yaml())
     except OSError as error:
-        raise RunError(f"{folder}: cannot be written: {error.strerror or error}.") from error
+        raise RunError(f"{folder}: cannot be made: {error.strerror or error}. Give another --out.") from error
+    write_text(settings, config.to_yaml())
     return "new"
+
+
+def _begun(folder: Path) -> bool:
+    return any((folder / "checkpoints").glob("step-*"))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a run's folder for this process; the kernel lets go of it when the process ends, however it ends.
+
+    Raises:
+        RunError: another process is training in this folder (the message has its number).
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system: two processes at once are the user's care there
+        yield
+        return
+    path = folder / LOCK
+    with _opened(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            number = path.read_text(encoding="utf-8").strip() or "unknown"
+            raise RunError(
+                f"{folder}: another process (number {number}) is training in this folder. Wait for it or stop it, then give the "
+                "same command to resume; or give another --out."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        return open(path, "a", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}.") from error
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -78,10 +122,17 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file beside its place and rename it, so that it is whole or not there."""
+    """Write a small file beside its place and rename it, so that it is whole or not there.
+
+    Raises:
+        RunError: the disk is full or not writable.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be written: {error.strerror or error}.") from error

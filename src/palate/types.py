@@ -53,6 +53,10 @@ class Mean(NamedTuple):
         """Scale the average, not its weight."""
         return Mean(self.total * factor, self.count)
 
+    def __rmul__(self, factor: float) -> Mean:  # type: ignore[override]
+        """The same: a tuple's own would repeat it."""
+        return self * factor
+
     def detach(self) -> Mean:
         return Mean(self.total.detach(), self.count.detach())
 
@@ -148,7 +152,8 @@ class Comparisons(_Rows):
     Attributes:
         tokens: the rows; both rows of a pair have the same group.
         chosen, rejected: int64 [P], row numbers.
-        weight: float [P] >= 0 or None (= 1 each). Each of the pairs of a ranking of K weighs 1/C(K,2).
+        weight: float [P] >= 0 or None (= 1 each). Each pair of a ranking of K weighs 1/(number of its pairs), which is
+            1/C(K,2) without ties.
         probability: float [P] in [0, 1] or None (= 1): how surely ``chosen`` is preferred.
         margin: float [P] in reward units or None (= 0): by how much.
         reference_logprobs: float [N], summed over the response; filled by ``prepare``.

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from palate.data.encode import encode_records
+from palate.data.encode import NothingLeft, encode_records
 from palate.data.formats.detect import check_kind
 from palate.data.items import EncodeReport, Item, Pair, Row
 from palate.types import Comparisons, Judgements, Rankings, Tokens
 
-__all__ = ["EncodeReport", "Item", "Pair", "Row", "collate", "encode_records", "prompt_ids"]
+__all__ = ["EncodeReport", "Item", "NothingLeft", "Pair", "Row", "collate", "encode_records", "prompt_ids"]
 
 
 def prompt_ids(items: Sequence[Item]) -> list[list[int]]:

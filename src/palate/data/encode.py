@@ -41,6 +41,10 @@ EMPTY, SAME, SAME_CUT = "empty response", "identical pair", "identical pair once
 NOTHING, TOO_LONG, TIED = "response cut to nothing", "too long", "all responses tied"
 
 
+class NothingLeft(DataError):
+    """Every record was dropped; the message counts why."""
+
+
 @dataclass
 class _Group:
     """Records of one prompt on their way to an item: distinct texts, and which record says what about them."""
@@ -108,7 +112,7 @@ def encode_records(
                 items += [item] if item is not None else []
     _count(items, report)
     if not items:
-        raise DataError(f"no record is left to train on. {report}")
+        raise NothingLeft(f"no record is left to train on. {report}")
     return items, report
 
 
@@ -250,14 +254,31 @@ def _item(group: _Group, rows: list[Row | str], report: EncodeReport) -> Item | 
     if len(kept) < (2 if isinstance(record, Ranking) else 1):
         report.drop(lost, record.source)
         return None
+    ranks: tuple[int, ...] = ()
+    if isinstance(record, Ranking):
+        given = [rank for response, rank in zip(record.responses, record.ranks, strict=True) if response.strip()]
+        ranks = tuple(given[i] for i in number)
+        nothing = _nothing_ranked(group, kept, ranks, list(number))
+        if nothing:
+            report.drop(nothing, record.source)
+            return None
     if lost:
         report.thin(lost, record.source)
     report.kept += 1
     if isinstance(record, Ranking):
-        ranks = [rank for response, rank in zip(record.responses, record.ranks, strict=True) if response.strip()]
-        return Item(kept, ranks=tuple(ranks[i] for i in number), record=record)
+        return Item(kept, ranks=ranks, record=record)
     desirable = (record.desirable,) if isinstance(record, Judgement) else ()
     return Item(kept, desirable=desirable, record=record)
+
+
+def _nothing_ranked(group: _Group, rows: Sequence[Row], ranks: Sequence[int], texts: Sequence[int]) -> str:
+    """Why a ranking's rows say nothing about a preference: no two of them differ both in rank and in tokens; or ""."""
+    pairs = ordered_pairs(ranks)
+    if not pairs:
+        return TIED
+    if any(not np.array_equal(rows[a].ids, rows[b].ids) for a, b in pairs):
+        return ""
+    return SAME if len({group.texts[i].strip() for i in texts}) == 1 else SAME_CUT
 
 
 def _pairs_item(group: _Group, rows: list[Row | str], report: EncodeReport) -> Item | None:

@@ -64,7 +64,8 @@ def split_by_prompt(
     """Split records so that no prompt stands on both sides.
 
     Each prompt goes by a hash of its text and the seed: the same prompt always goes to the same side, whatever else is
-    in the data. Only when that leaves a side empty does the prompt nearest to the border change sides.
+    in the data. Only when that leaves a side empty does the prompt nearest to the border change sides; a single prompt
+    is trained on.
 
     Args:
         records: of any kind.
@@ -84,7 +85,9 @@ def split_by_prompt(
     keys = [prompt_key(r.prompt) if by == "prompt" else _opening(r.prompt) for r in records]
     place = {key: _place(key, seed) for key in keys}
     held = {key for key, value in place.items() if value < fraction}
-    if fraction > 0 and len(place) > 1:
+    if len(place) <= 1:  # the only prompt is trained on
+        held = set()
+    elif fraction > 0:
         if not held:
             held = {min(place, key=lambda key: place[key])}
         elif len(held) == len(place):

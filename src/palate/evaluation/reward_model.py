@@ -94,13 +94,15 @@ def evaluate_reward_model(
         )
     right = pair_accuracy(good, bad)
     clusters: list[Hashable] = list(range(len(good)) if prompts is None else prompts)
+    if (chosen_length is None) != (rejected_length is None):
+        raise ValueError("lengths of one side only: give chosen_length and rejected_length, or neither")
     lengths = None
     if chosen_length is not None and rejected_length is not None:
         lengths = np.asarray(chosen_length, dtype=np.float64), np.asarray(rejected_length, dtype=np.float64)
     diagram = reliability(good - bad, bins=bins)
     return RewardModelReport(
         pairs=len(good),
-        accuracy=cluster_bootstrap(right, clusters, seed=seed),
+        accuracy=cluster_bootstrap(right, clusters, seed=seed, share=True),
         nll=negative_log_likelihood(good - bad),
         ece=expected_calibration_error(diagram),
         bins=diagram,
@@ -191,10 +193,11 @@ def _length_report(
     def accuracy(where: NDArray[np.bool_]) -> Interval | None:
         if not where.any():
             return None
-        return cluster_bootstrap(right[where], [c for c, kept in zip(clusters, where, strict=True) if kept], seed=seed)
+        kept = [cluster for cluster, chosen in zip(clusters, where, strict=True) if chosen]
+        return cluster_bootstrap(right[where], kept, seed=seed, share=True)
 
     return LengthReport(
-        longer_wins=cluster_bootstrap(pair_accuracy(good_length, bad_length), clusters, seed=seed),
+        longer_wins=cluster_bootstrap(pair_accuracy(good_length, bad_length), clusters, seed=seed, share=True),
         accuracy_longer_chosen=accuracy(good_length > bad_length),
         accuracy_shorter_chosen=accuracy(good_length < bad_length),
         correlation=length_correlation(np.concatenate([good, bad]), np.concatenate([good_length, bad_length])),

@@ -63,6 +63,7 @@ def cluster_bootstrap(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    share: bool = False,
 ) -> Interval:
     """The weighted mean of ``values`` with a percentile interval that resamples whole clusters.
 
@@ -75,9 +76,12 @@ def cluster_bootstrap(
         weights: [n] > 0 or None (= 1 each).
         confidence: in (0, 1).
         resamples: 1000 or more for a 95 % interval.
+        share: values are successes in [0, 1]. When every cluster says the same (all right, all wrong, one cluster),
+            all resamples are equal and the percentiles would claim certainty; then the interval is Wilson's, with a
+            cluster as one trial.
 
     Raises:
-        ValueError: no values, a value that is not finite, or lengths that differ.
+        ValueError: no values, a value that is not finite, a weight that is not above 0, or lengths that differ.
     """
     x = np.asarray(values, dtype=np.float64)
     w = np.ones_like(x) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -85,10 +89,14 @@ def cluster_bootstrap(
         raise ValueError(f"values {x.shape}, weights {w.shape}: expected one number, weight and cluster per row, n > 0")
     if not np.isfinite(x).all():
         raise ValueError(f"{int((~np.isfinite(x)).sum())} of {len(x)} values are NaN or infinite")
+    if not (w > 0).all() or not np.isfinite(w).all():
+        raise ValueError(f"{int((~((w > 0) & np.isfinite(w))).sum())} of {len(w)} weights are not above 0")
     number = _numbers(clusters) if clusters is not None else np.arange(len(x))
     sums = [np.bincount(number, weights=w * x), np.bincount(number, weights=w)]
     totals = np.stack(sums, axis=1).astype(np.float64)  # [clusters, 2]
     estimate = float(totals[:, 0].sum() / totals[:, 1].sum())
+    if share and np.ptp(totals[:, 0] / totals[:, 1]) <= 1e-12:
+        return wilson(min(max(estimate, 0.0), 1.0) * len(totals), len(totals), confidence=confidence)
     drawn = _resampled(totals, resamples, np.random.default_rng(seed))
     low, high = np.quantile(drawn, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return Interval(estimate, float(low), float(high))
@@ -104,7 +112,7 @@ def win_rate(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Paired win rate (wins + ties/2) / n on the same prompts, with a cluster bootstrap interval.
+    """Paired win rate (wins + ties/2) / n on the same prompts, with a cluster bootstrap interval (a share's).
 
     Args:
         ours, theirs: [n] scores of two responses to the same prompt, row by row.
@@ -116,7 +124,7 @@ def win_rate(
     """
     difference = _difference(ours, theirs)
     outcome = np.where(np.abs(difference) <= tie, 0.5, (difference > 0).astype(np.float64))
-    return cluster_bootstrap(outcome, clusters, confidence=confidence, resamples=resamples, seed=seed)
+    return cluster_bootstrap(outcome, clusters, confidence=confidence, resamples=resamples, seed=seed, share=True)
 
 
 def paired_difference(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over True slots; 0 when there are none.
+    """Mean over True slots, in float32 at least (a count above 256 is no bf16 number); 0 when there are none.
 
     Args:
         values: any shape; masked slots may hold NaN.
@@ -18,13 +18,14 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     >>> masked_mean(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
     tensor(2.)
     """
-    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+    wide = torch.where(mask, values, 0).to(torch.promote_types(values.dtype, torch.float32))
+    return wide.sum() / mask.sum().clamp(min=1)
 
 
 def masked_variance(values: Tensor, mask: Tensor, *, ddof: int = 0) -> Tensor:
-    """Variance over True slots, divided by (count - ddof); 0 when that is not positive."""
-    values = torch.where(mask, values, 0)
-    deviation = torch.where(mask, values - masked_mean(values, mask), 0)
+    """Variance over True slots, divided by (count - ddof), in float32 at least; 0 when that is not positive."""
+    wide = torch.where(mask, values, 0).to(torch.promote_types(values.dtype, torch.float32))
+    deviation = torch.where(mask, wide - masked_mean(wide, mask), 0)
     count = mask.sum() - ddof
     return torch.where(count > 0, deviation.square().sum() / count.clamp(min=1), 0)
 

@@ -12,10 +12,11 @@ arXiv:1909.08593; Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155.
 
 The KL charge is in the reward, where its expected gradient is that of the sequence KL; the fixed point is
 pi_ref exp(r / kl_coef) / Z. Every E_t is a mean over all response tokens of the minibatch. The advantage is whitened
-over the batch after the returns are formed, so the value model learns in reward units. pi_old is computed by the trainer,
-not taken from the sampler; all log-probabilities are those of the sampling distribution (temperature).
+over the batch after the returns are formed, so the value model learns in reward units. pi_old is computed by the
+trainer, not taken from the sampler; all log-probabilities are those of the sampling distribution (temperature).
 
-Adaptive coefficient, Ziegler section 2.2:  e = clip(KL/target - 1, -0.2, 0.2),  kl_coef *= 1 + e * episodes/horizon.
+Adaptive coefficient:  e = clip(KL/target - 1, -0.2, 0.2),  kl_coef *= 1 + e * episodes/horizon  (Ziegler section
+2.2 has K_beta = 0.1 in place of episodes/horizon, which is its released code's).
 
 Roles: policy (trained), reference (frozen), reward (frozen), value (trained). Data: prompts.
 Left out: sharing one trunk between policy and value (two models, as InstructGPT has it).
@@ -93,8 +94,9 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, hor
 
     Args:
         kl: measured mean over sequences of the summed log-ratio to the reference, nats.
-        target: wanted KL, nats a sequence, > 0; the paper uses 6 to 10.
-        episodes: responses in the batch. horizon: responses over which the coefficient can at most double or so; 10000.
+        target: wanted KL, nats a sequence, > 0; 6 in the released code's text continuation.
+        episodes: responses in the batch.
+        horizon: responses over which the coefficient can change by about a fifth, for e is at most 0.2; 10000.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * episodes / horizon)
@@ -115,9 +117,9 @@ class PPO:
     """Settings.
 
     Attributes:
-        kl_coef: price of leaving the reference, reward units per nat, > 0; 0.02 to 0.2, on normalised scores.
+        kl_coef: price of leaving the reference, reward units per nat, >= 0; 0.02 to 0.2, on normalised scores.
         adaptive_kl_target: steer ``kl_coef`` towards this KL to the reference, nats a sequence; None = it is fixed.
-        adaptive_kl_horizon: responses over which the coefficient may about double; 10000.
+        adaptive_kl_horizon: responses over which the coefficient can change by about a fifth; 10000.
         target_kl: leave a batch alone once KL(old, new) exceeds 1.5 times this, nats a token; 0.01 to 0.05; None =
             never.
         kl_budget: end the run once the KL to the reference exceeds this, nats a sequence; None = never.
@@ -268,7 +270,8 @@ class PPO:
         """The method for the next batch: KL coefficient and running moments, both kept by the run."""
         method = self
         if self.adaptive_kl_target is not None:
-            kl = (batch.logprobs - batch.reference_logprobs).sum(-1).mean().item()
+            log_ratio = torch.where(batch.tokens.response_mask, batch.logprobs - batch.reference_logprobs, 0)
+            kl = log_ratio.sum(-1).mean().item()
             coef = adapted_kl_coef(self.kl_coef, kl, self.adaptive_kl_target, len(batch), self.adaptive_kl_horizon)
             method = replace(method, kl_coef=coef)
         if self.normalise_scores:
@@ -293,8 +296,8 @@ def rollout_metrics(tokens: Tokens, logprobs: Tensor, reference_logprobs: Tensor
     metrics = {
         "score": Mean.of(scores),
         "score/std": Mean.of(scores.std(unbiased=False)),
-        "kl/reference": Mean.of((logprobs - reference_logprobs).sum(-1)),
-        "kl/reference_k3": Mean.of(k3(logprobs, reference_logprobs).sum(-1)),
+        "kl/reference": Mean.of(torch.where(mask, logprobs - reference_logprobs, 0).sum(-1)),
+        "kl/reference_k3": Mean.of(torch.where(mask, k3(logprobs, reference_logprobs), 0).sum(-1)),
         "length/response": Mean.of(mask.sum(-1).float()),
     }
     if "finished" in tokens.extras:

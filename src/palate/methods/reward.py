@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from palate.errors import ConfigError
@@ -77,10 +78,12 @@ class RewardModel:
         )
         total = loss + self.centring * centring_penalty(chosen, rejected) if self.centring else loss
         lead = (chosen - rejected).detach()
+        # Right is to agree with the likelier side, which below 1/2 is the "rejected" one.
+        agrees = lead if batch.probability is None else torch.where(batch.probability < 0.5, -lead, lead)
         return {
             "loss": Mean.of(total, batch.weight),
             "loss/preference": Mean.of(loss.detach(), batch.weight),
-            "reward/accuracy": Mean.of(reward_accuracy(lead), batch.weight),
+            "reward/accuracy": Mean.of(reward_accuracy(agrees), batch.weight),
             "reward/margin": Mean.of(lead, batch.weight),
             "reward/chosen": Mean.of(chosen.detach(), batch.weight),
             "reward/rejected": Mean.of(rejected.detach(), batch.weight),

@@ -222,7 +222,8 @@ def _some_groups(tokens: Tokens) -> Iterator[list[list[int]]]:
     """Row numbers, group by group, of at most ``BUCKET_TOKENS`` tokens."""
     budget = BUCKET_TOKENS["cpu"]
     lengths = tokens.attention_mask.sum(-1).tolist()
-    held, part = 0, []
+    held = 0
+    part: list[list[int]] = []
     for rows in groups(tokens):
         size = sum(lengths[row] for row in rows.tolist())
         if part and held + size > budget:

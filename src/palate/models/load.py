@@ -61,6 +61,7 @@ def load_tokenizer(where: str | Path) -> Any:
         adapter = adapters.adapter_config(place)
         if adapter and adapter.get("base_model_name_or_path"):
             return load_tokenizer(adapter["base_model_name_or_path"])
+        _refuse_run_folder(place)
         raise ModelError(
             f"{where}: no tokenizer in this folder (looked for {', '.join(TOKENIZER_FILES)}). Found: {_listing(place)}. "
             "Save the tokenizer that the model was trained with into it: tokenizer.save_pretrained(folder)."
@@ -137,6 +138,7 @@ def load_scalar(
     seed: int = 0,
     keep_dropout: bool = False,
     tokenizer: Any = None,
+    new_head: bool = True,
 ) -> nn.Module:
     """A reward or value model: one number a token, read off the hidden state by a float32 head.
 
@@ -149,6 +151,7 @@ def load_scalar(
         dtype, device, lora, trainable, keep_dropout, tokenizer: as in ``load_policy``; the head is trained with the
             adapter and saved in its folder.
         seed: of the new head and the new adapter.
+        new_head: False refuses what would need a new head: a reward to be used must have been trained.
     Raises:
         ModelError: several labels, no score head where one should be, an encoder (reads its first token), and what
             ``load_policy`` raises.
@@ -156,7 +159,8 @@ def load_scalar(
     place = _place(where)
     adapter = adapters.adapter_config(place)
     base = _adapter_base(place, adapter) if adapter else place
-    model = _scalar_from_folder(base, dtype, keep_dropout, seed, may_lack_head=adapter is not None)
+    may_draw = new_head or (adapter is not None and adapters.adapter_has_head(place))
+    model = _scalar_from_folder(base, dtype, keep_dropout, seed, may_lack_head=adapter is not None, may_draw=may_draw)
     check_tokenizer(model, tokenizer or load_tokenizer(where), where)
     if adapter:
         own_head = adapters.adapter_has_head(place)
@@ -211,14 +215,23 @@ def _config(place: str) -> Any:
 
     folder = Path(place)
     if folder.is_dir() and not (folder / "config.json").exists():
-        inner = next((name for name in ("model", "checkpoint") if (folder / name / "config.json").exists()), None)
-        hint = f"Did you mean {folder / inner}?" if inner else "Expected a folder saved by save_pretrained."
-        raise ModelError(f"{place}: not a model folder: it has no config.json. Found: {_listing(place)}. {hint}")
+        _refuse_run_folder(place)
+        raise ModelError(
+            f"{place}: not a model folder: it has no config.json. Found: {_listing(place)}. Expected a folder saved by "
+            "save_pretrained."
+        )
     try:
         with quiet():
             return AutoConfig.from_pretrained(place)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{place}: its config cannot be read. {first_line(error)}{_hub_hint(place)}") from error
+
+
+def _refuse_run_folder(place: str) -> None:
+    """A folder without a model, in which there is the folder of one."""
+    for name in ("model", "checkpoint"):
+        if any((Path(place) / name / file).exists() for file in ("config.json", adapters.ADAPTER_CONFIG)):
+            raise ModelError(f"{place}: not a model folder, but it holds one. Did you mean {Path(place) / name}?")
 
 
 def _is_classifier(config: Any) -> bool:
@@ -267,7 +280,7 @@ def _align(model: nn.Module) -> None:
 
 
 def _scalar_from_folder(
-    place: str, dtype: str | torch.dtype, keep_dropout: bool, seed: int, may_lack_head: bool
+    place: str, dtype: str | torch.dtype, keep_dropout: bool, seed: int, *, may_lack_head: bool, may_draw: bool
 ) -> Any:
     """A plain scalar model with a float32 head, its own or (from a language model) a new one."""
     config = _config(place)
@@ -291,6 +304,12 @@ def _scalar_from_folder(
         raise ModelError(
             f"{place}: a {config.architectures[0]} without its head's weights ({', '.join(sorted(of_head))}). It was "
             "saved incompletely; with a random head every score would be noise. Save or train it again."
+        )
+    elif not may_draw:
+        raise ModelError(
+            f"{place}: this is a language model, not a reward: it has no score head, and a new one would score noise. Train a "
+            f"reward from it: palate train reward --model {place} --data COMPARISONS --out runs/reward; then give "
+            "runs/reward/model."
         )
     else:
         new_score_head(model, seed)

@@ -42,7 +42,9 @@ class TextRewardModel:
         from palate.models.load import load_scalar, load_tokenizer
 
         tokenizer = load_tokenizer(where) if own_chat is None else own_chat.tokenizer
-        self.model = load_scalar(where, dtype=dtype, device=device, trainable=False, tokenizer=tokenizer)
+        self.model = load_scalar(
+            where, dtype=dtype, device=device, trainable=False, tokenizer=tokenizer, new_head=False
+        )
         if own_chat is None:
             from palate.data.chat import Chat as MakeChat
 

@@ -145,7 +145,7 @@ def _model(where: str, chat: Chat, dtype: Any, device: Any, name: str) -> nn.Mod
     own, policy = load_tokenizer(where), chat.tokenizer
     templates = (None, policy.chat_template, chat.template, chat.conversation_template)
     if same_vocabulary(own, policy) and own.chat_template in templates:
-        return load_scalar(where, dtype=dtype, device=device, trainable=False, tokenizer=own)
+        return load_scalar(where, dtype=dtype, device=device, trainable=False, tokenizer=own, new_head=False)
     return TextRewardModel(where, chat, dtype=dtype, device=device, name=name)
 
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from palate.data.chat import Chat
 from palate.data.records import Prompt
 from palate.evaluation.diversity import distinct, distinct_per_prompt, unique_share
 from palate.evaluation.statistics import Interval, cluster_bootstrap, paired_difference, win_rate
@@ -105,6 +104,3 @@ def _facts(answers: Answers, where: list[str]) -> dict[str, Any]:
 
 def _list(interval: Interval) -> list[float]:
     return [float(value) for value in interval]
-
-
-__all__ = ["Answers", "Chat", "compare"]

@@ -35,13 +35,11 @@ class Kitchen:
 
     Attributes:
         prompts: to train on; each has one demonstration.
-        labelled: how many of these are given to annotators.
         held_out: others, never trained on.
         seed: of everything drawn.
     """
 
     prompts: int = 3000
-    labelled: int = 1600
     held_out: int = 300
     seed: int = 0
 
@@ -58,7 +56,7 @@ class Kitchen:
         write_records(
             folder / "demonstrations.jsonl", [Demonstration(p, r) for p, r in zip(train, responses, strict=True)]
         )
-        for name, prompts in (("prompts", train), ("labelled", train[: self.labelled]), ("held_out", held_out)):
+        for name, prompts in (("prompts", train), ("held_out", held_out)):
             write_records(folder / f"{name}.jsonl", [Prompt(p) for p in prompts])
         kitchen_tokenizer().save_pretrained(str(folder / "tokenizer"))
         mean = sum(gold(p, r) for p, r in zip(train, responses, strict=True)) / len(train)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from palate.data.chat import Chat
+from palate.errors import DataError, ModelError
 
 
 def chat_of(where: str | None, tokenizer: Any, template: str | None = None, system: str | None = None) -> Chat:
@@ -15,8 +16,17 @@ def chat_of(where: str | None, tokenizer: Any, template: str | None = None, syst
         tokenizer: of the model; its ``chat_template`` becomes the template in use, so that a saved model is read the
             way it was trained.
         template, system: as ``Chat`` takes them.
+    Raises:
+        ModelError: the template is broken, or refuses a first question. ConfigError: as ``Chat`` says.
     """
-    chat = Chat(tokenizer, template, system, stop_token_ids=stop_ids(where, len(tokenizer)) if where else ())
+    try:
+        chat = Chat(tokenizer, template, system, stop_token_ids=stop_ids(where, len(tokenizer)) if where else ())
+    except (ModelError, DataError) as error:
+        source = "the one given" if template is not None else f"that of {where or tokenizer.name_or_path}"
+        raise ModelError(
+            f"{error}\nThe template is {source}. Repair it, or choose another: data.chat_template=default in a run, "
+            "--chat-template default elsewhere."
+        ) from None
     if template is not None:
         tokenizer.chat_template = chat.template
     return chat

@@ -86,8 +86,11 @@ def held_out_report(model: nn.Module, items: Sequence[Item], kind: str, seed: in
 
 
 def _pairs(batch: Any) -> list[tuple[int, int]]:
+    """(better, worse) row numbers: by a soft label the likelier one is better, and of 1/2 none is."""
     if isinstance(batch, Comparisons):
-        return list(zip(batch.chosen.tolist(), batch.rejected.tolist(), strict=True))
+        sure = batch.probability if batch.probability is not None else torch.ones(len(batch.chosen))
+        sides = zip(batch.chosen.tolist(), batch.rejected.tolist(), sure.tolist(), strict=True)
+        return [(a, b) if p > 0.5 else (b, a) for a, b, p in sides if p != 0.5]
     rank, group = batch.rank.tolist(), batch.tokens.group.tolist()
     rows = range(len(rank))
     return [(i, j) for i in rows for j in rows if group[i] == group[j] and rank[i] < rank[j]]

@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 
 from palate.config import RunConfig
 from palate.data.chat import Chat
-from palate.data.collate import Item, encode_records
+from palate.data.collate import Item, NothingLeft, encode_records
 from palate.data.ranking import comparison_to_ranking, split_by_prompt
-from palate.data.records import KINDS, Comparison, Prompt, Record, read_records
+from palate.data.records import Comparison, Prompt, Record, read_records
 from palate.errors import DataError
 from palate.lookup import find_method, method_names
 
 Say = Callable[[str], None]
+MOST_PARTICULAR = ("rankings", "comparisons", "judgements", "demonstrations")
+ANSWERS = {"response", "chosen", "rejected", "responses", "ranks", "desirable"}
 
 
 class Sides(NamedTuple):
@@ -70,16 +72,22 @@ def opening(record: Record, words: int) -> Record:
 
 
 def kind_of(where: str, *, format: str = "auto", split: str = "train", but: str = "") -> str | None:
-    """The most particular kind as which the first record can be read, or None."""
-    for kind in ("rankings", "comparisons", "judgements", "demonstrations", "prompts"):
-        assert kind in KINDS
-        if kind != but:
-            try:
-                read_records(where, kind, format=format, split=split, limit=1)
-            except DataError:
-                continue
+    """The most particular kind as which the first record can be read, or None; None too where it can be read as ``but``."""
+    if but and _first(where, but, format, split) is not None:
+        return None
+    for kind in MOST_PARTICULAR:
+        if _first(where, kind, format, split) is not None:
             return kind
-    return None
+    # Any object with a prompt can be read as one; it is meant as one only where nothing in it answers the prompt.
+    prompt = _first(where, "prompts", format, split)
+    return "prompts" if isinstance(prompt, Prompt) and not ANSWERS & prompt.fields.keys() else None
+
+
+def _first(where: str, kind: str, format: str, split: str) -> Record | None:
+    try:
+        return read_records(where, kind, format=format, split=split, limit=1)[0]
+    except DataError:
+        return None
 
 
 def encode_sides(config: RunConfig, sides: Sides, chat: Chat, say: Say) -> Sides:
@@ -95,14 +103,18 @@ def encode_sides(config: RunConfig, sides: Sides, chat: Chat, say: Say) -> Sides
             found.append([])
             say(f"{name:<11}none held out" if name == "validation" else f"{name:<11}nothing")
             continue
-        items, report = encode_records(
-            records,
-            kind,
-            chat,
-            max_length=data.max_length or 0,
-            max_prompt_length=data.max_prompt_length,
-            truncate=data.truncate,
-        )
+        try:
+            items, report = encode_records(
+                records,
+                kind,
+                chat,
+                max_length=data.max_length or 0,
+                max_prompt_length=data.max_prompt_length,
+                truncate=data.truncate,
+            )
+        except NothingLeft as error:
+            where = data.validation or data.train if name == "validation" else data.train
+            raise NothingLeft(f"{where} ({name}): {error}") from None
         say(f"{name:<11}{report}")
         found.append(items)
     return Sides(*found)

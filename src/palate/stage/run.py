@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +23,10 @@ from palate.models.save import save_model
 from palate.report.metrics import read_metrics
 from palate.report.page import report_run
 from palate.resolve import FILLED, facts_of, require_all, resolved, with_device
-from palate.run_folder import open_run, write_text
+from palate.run_folder import locked, open_run, write_text
 from palate.stage import outcome
 from palate.stage.chats import chat_of
+from palate.stage.fingerprint import check_data
 from palate.stage.progress import speaker, watched
 from palate.stage.records import Sides, encode_sides, pretraining_items, read_sides
 from palate.stage.roles import bill, load_roles, load_trained, trained_role
@@ -45,6 +47,7 @@ class Stage(NamedTuple):
     items: Sides
     pretraining: list[Item]
     conversations: bool  # some prompt is a conversation
+    account: list[str]  # what was read, cut and dropped, for the card
 
     @property
     def trained(self) -> nn.Module:
@@ -68,15 +71,29 @@ def run_stage(config: RunConfig, *, quiet: bool = False) -> Path:
     config = with_device(config)
     require_all(config)
     check_trackers(config.trackers)
-    if open_run(config, unresolved=FILLED) == "finished":
+    state = open_run(config, unresolved=FILLED)
+    if state == "finished":
         say(
             f"{config.out}: this run is finished; its model is in {config.out / 'model'}. For another run, give another --out."
         )
         return config.out
-    stage = load_stage(config, say)
+    with ExitStack() as held:
+        if state == "unfinished":  # another process may be at it: say so before the models are loaded
+            held.enter_context(locked(config.out))
+        stage = load_stage(config, say)
+        again = open_run(stage.config)
+        if state == "new":
+            held.enter_context(locked(config.out))
+        if again == "unfinished":
+            say(f"{config.out}: going on with an unfinished run.")
+        _train(stage, say, quiet)
+    return config.out
+
+
+def _train(stage: Stage, say: Say, quiet: bool) -> None:
+    """From the folder that is made to the card."""
     config = stage.config
-    if open_run(config) == "unfinished":
-        say(f"{config.out}: going on with an unfinished run.")
+    check_data(config.out, {**stage.items._asdict(), "pretraining": stage.pretraining})
     trackers = open_trackers(config.trackers, config.run_name, config.out, config.to_dict())
     witness = before = None
     if stage.models.policy is not None:
@@ -96,7 +113,6 @@ def run_stage(config: RunConfig, *, quiet: bool = False) -> Path:
             tracker.close()
     say(f"stopped: {run.stopped}")
     _finish(stage, run, witness, before, say)
-    return config.out
 
 
 def load_stage(config: RunConfig, say: Say) -> Stage:
@@ -109,18 +125,39 @@ def load_stage(config: RunConfig, say: Say) -> Stage:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         sides = read_sides(config)
+    account: list[str] = []
+
+    def noted(text: str) -> None:
+        account.append(" ".join(text.split()))
+        say(text)
+
     for warning in caught:
-        say(str(warning.message))
+        noted(str(warning.message))
     say(f"loading {trained_role(config)} from {config.model}")
     model = load_trained(config, tokenizer)
     config = resolved(config, facts_of(model))
     for key, reason in config.filled.items():
         say(f"{key} = {_value(config, key)}   ({reason})")
-    items = encode_sides(config, sides, chat, say)
+    items = encode_sides(config, sides, chat, noted)
+    _check_held_out(config, items)
     models = load_roles(config, model, chat)
     say(_bill_table(config, models))
     conversations = any(not isinstance(record.prompt, str) for record in sides.train)
-    return Stage(config, chat, models, items, pretraining_items(config, chat, say), conversations)
+    return Stage(config, chat, models, items, pretraining_items(config, chat, noted), conversations, account)
+
+
+def _check_held_out(config: RunConfig, items: Sides) -> None:
+    """Settings that look at held-out records need some.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    for key in ("patience", "best_metric"):
+        if getattr(config.training, key) and not items.validation:
+            raise ConfigError(
+                f"training.{key}: looks at held-out records, and none are held out. Give data.validation=FILE, a "
+                "data.validation_fraction above 0, or more than one prompt."
+            )
 
 
 def _value(config: RunConfig, key: str) -> Any:
@@ -187,9 +224,9 @@ def loop_run(stage: Stage) -> Run:
 def _finish(stage: Stage, run: Run, witness: outcome.Witness | None, before: Any, say: Say) -> None:
     """Everything after the last step; it can be repeated, and gives the same files."""
     config, folder = stage.config, stage.config.out
-    sections: dict[str, str] = {}
+    sections = {"Records": "\n".join(f"- {line}" for line in stage.account)}
     if "reward" in config.method.settings.trains:
-        sections = _finish_reward(stage, say)
+        sections |= _finish_reward(stage, say)
     if witness is not None:
         assert stage.models.policy is not None
         last_step = max((line["step"] for line in read_metrics(folder / "metrics.jsonl")), default=0)

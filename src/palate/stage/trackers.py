@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +23,15 @@ class Tracker(NamedTuple):
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raises:
-    ConfigError: an unknown name; said before anything is loaded.
+    ConfigError: an unknown name, or its package is not installed; said before anything is loaded or made.
     """
     for name in names:
         if name not in _KNOWN:
             near = closest(name, _KNOWN)
             hint = f' Did you mean "{near}"?' if near else ""
             raise ConfigError(f'trackers: unknown tracker "{name}".{hint} Known: {", ".join(_KNOWN)}.')
+        if importlib.util.find_spec(name) is None:
+            raise _not_installed(name)
 
 
 def open_trackers(names: Sequence[str], run_name: str, folder: Path, settings: Mapping[str, Any]) -> list[Tracker]:
@@ -55,9 +58,13 @@ def _need(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(
-            f"trackers: {package} is not installed. Install it with: pip install {package}   (or palate[trackers])"
-        ) from error
+        raise _not_installed(package) from error
+
+
+def _not_installed(package: str) -> ConfigError:
+    return ConfigError(
+        f"trackers: {package} is not installed. Install it with: pip install {package}   (or palate[trackers])"
+    )
 
 
 def _tensorboard(run_name: str, folder: Path, settings: Mapping[str, Any]) -> Tracker:

@@ -1,6 +1,6 @@
 """Trained models at work on texts: sampling, scoring, talking, and looking at what is trained."""
 
-from palate.data.formats.convert import write_lines
+from palate.data.formats.convert import check_target, write_lines
 from palate.texts.looking import Checked, check_tokens
 from palate.texts.sampling import read_prompts, sample_records
 from palate.texts.scoring import Scorable, read_scorable, score_records
@@ -10,6 +10,7 @@ __all__ = [
     "Checked",
     "Conversation",
     "Scorable",
+    "check_target",
     "check_tokens",
     "read_prompts",
     "read_scorable",

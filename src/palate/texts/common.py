@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from palate.data.chat import Chat
+from palate.data.items import EncodeReport
 from palate.models.load import load_policy, load_tokenizer
 from palate.stage.chats import chat_of
 
 Progress = Callable[[int, int], None] | None
 LONGEST = 1024  # tokens of a row where neither the caller nor the model says
+
+
+def say_cut(report: EncodeReport, longest: int) -> None:
+    """Warn of what did not fit, with its count; nothing is cut in silence."""
+    for count, what in (
+        (report.truncated_prompt, "prompts were cut at their beginning"),
+        (report.truncated_response, "responses were cut at their end"),
+    ):
+        if count:
+            warnings.warn(f"{count:,} of {report.read:,} {what} to fit {longest:,} tokens.", stacklevel=3)
 
 
 def device_of(name: str) -> str:

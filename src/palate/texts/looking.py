@@ -53,16 +53,27 @@ def check_tokens(
         model: folder or hub name; only its tokenizer and configs are read.
         data: records to encode; None = the template only.
         count: records to show.
-        max_length: tokens of a row; None = 1024.
+        max_length: tokens of a row; None = the model's context, as in training.
     """
     chat = chat_of(model, load_tokenizer(model), chat_template)
     findings = chat.check()
     if data is None:
         return Checked(findings)
     records = read_records(data, kind, format=format, limit=limit)
-    items, report = encode_records(records, kind, chat, max_length=max_length or LONGEST)
+    items, report = encode_records(records, kind, chat, max_length=max_length or _context(model))
     shown = [_shown(row, chat) for item in items[:count] for row in item.rows]
     return Checked(findings + report.warnings, str(report), report.counts(), shown)
+
+
+def _context(model: str) -> int:
+    """Tokens that the model's config says it can hold; 1024 where there is no config that says so."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model).get_text_config()
+    except (OSError, ValueError, KeyError):  # a tokenizer alone can be looked at, too
+        return LONGEST
+    return int(getattr(config, "max_position_embeddings", None) or LONGEST)
 
 
 def _shown(row: Any, chat: Chat) -> ShownRow:

@@ -10,7 +10,7 @@ from palate.data.kinds import Prompt, PromptText, Record
 from palate.data.records import read_records
 from palate.errors import ConfigError, DataError
 from palate.generation.sampler import SamplingSettings, sample
-from palate.texts.common import Progress, context_of, policy_with_chat
+from palate.texts.common import Progress, context_of, policy_with_chat, say_cut
 from palate.training.order import seeded
 
 
@@ -51,7 +51,8 @@ def sample_records(
         raise ConfigError(
             f"max_new_tokens {settings.max_new_tokens} leaves no room for a prompt in the model's {context_of(policy)} tokens."
         )
-    items, _ = encode_records(records, "prompts", chat, max_length=max(2, room))  # type: ignore[arg-type]
+    items, report = encode_records(records, "prompts", chat, max_length=max(2, room))  # type: ignore[arg-type]
+    say_cut(report, room)
     tokens = sample(
         policy,
         prompt_ids(items),

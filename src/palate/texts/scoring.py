@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from palate.models.forward import score_responses
 from palate.models.load import load_tokenizer
 from palate.models.rewards import FUNCTION, load_reward
 from palate.stage.chats import chat_of
-from palate.texts.common import LONGEST, Progress, device_of
+from palate.texts.common import LONGEST, Progress, context_of, device_of, say_cut
 from palate.types import moved
 
 ROWS = 64  # a batch of scoring
@@ -89,16 +90,20 @@ def score_records(
         reward: what ``models.rewards.load_reward`` takes: a folder or hub name, "module:function", a mapping.
         records: with responses, all of one kind.
         tokenizer: folder or hub name of the policy's, for a reward that has none of its own.
-        max_length: tokens of prompt and response; None = 1024. Longer prompts are cut at their beginning.
+        max_length: tokens of prompt and response; None = what the reward can hold, at most 1024. Longer prompts are cut at
+            their beginning, with a warning that counts them.
     Raises:
-        ConfigError: the reward has no tokenizer and none is named.
+        ConfigError: the reward has no tokenizer and none is named, or ``max_length`` is more than the reward can hold.
     """
     if not records:
         raise DataError("no record to score.")
     chat = _reward_chat(reward, tokenizer, chat_template)
     place = device_of(device)
     judge = load_reward(reward, chat, dtype=dtype, device=place)
-    scores = _scores(judge, records, chat, max_length or LONGEST, torch.device(place), progress)
+    room = context_of(judge) if isinstance(judge, torch.nn.Module) else LONGEST
+    if max_length is not None and isinstance(judge, torch.nn.Module) and max_length > room:
+        raise ConfigError(f"max_length is {max_length}, and the reward model holds {room} tokens. Give at most that.")
+    scores = _scores(judge, records, chat, max_length or min(room, LONGEST), torch.device(place), progress)
     return _unflat(records, scores)
 
 
@@ -148,9 +153,12 @@ def _scores(
         for i, (scorable, text) in enumerate(zip(whose, texts, strict=True))
     ]
     try:
-        items, _ = encode_records(numbered, "demonstrations", chat, max_length=longest)
+        items, report = encode_records(numbered, "demonstrations", chat, max_length=longest)
     except DataError as error:
         raise DataError(f"{records[0].record.source}: {error}") from None
+    say_cut(report, longest)
+    if len(items) < len(texts):
+        warnings.warn(f"{len(texts) - len(items):,} of {len(texts):,} responses are empty: no score (null).", stacklevel=2)
     found: list[float | None] = [None] * len(texts)
     with torch.no_grad():
         for start in range(0, len(items), ROWS):

@@ -8,7 +8,7 @@ from typing import Any
 from palate.data.collate import encode_records, prompt_ids
 from palate.data.kinds import Prompt, PromptText
 from palate.generation.sampler import SamplingSettings, sample
-from palate.texts.common import context_of, policy_with_chat
+from palate.texts.common import context_of, policy_with_chat, say_cut
 from palate.training.order import seeded
 
 
@@ -41,7 +41,8 @@ class Conversation:
         plain = self.chat.template is None
         prompt: PromptText = "".join(str(turn["content"]) for turn in turns) if plain else turns
         room = max(2, context_of(self.policy) - self.settings.max_new_tokens)
-        items, _ = encode_records([Prompt(prompt)], "prompts", self.chat, max_length=room)
+        items, report = encode_records([Prompt(prompt)], "prompts", self.chat, max_length=room)
+        say_cut(report, room)
         tokens = sample(
             self.policy,
             prompt_ids(items),

@@ -1,8 +1,8 @@
 """Checkpoints: trained weights, optimizer state, and a few numbers; written beside, then renamed.
 
 ``checkpoints/step-N`` holds ``weights.safetensors``, ``optimizer.safetensors`` and ``state.json``, with a checksum of
-the other two. Data order and sampling are functions of (seed, step), so no random state is kept. A folder is complete or
-it is not there: a kill while writing leaves a ``.tmp-`` folder that the next start removes.
+the other two. Data order and sampling are functions of (seed, step), so no random state is kept. A folder is complete
+or it is not there: a kill while writing leaves a ``.tmp-`` folder that the next start removes.
 """
 
 from __future__ import annotations

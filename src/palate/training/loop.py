@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from palate.data.collate import Item
-from palate.errors import DataError
+from palate.errors import ConfigError, DataError
 from palate.methods.sft import SFT
 from palate.training import checkpoint, guards, log
 from palate.training.optimizer import (
@@ -284,7 +284,7 @@ def _is_best(run: Run, evaluation: Metrics) -> bool:
     name = run.settings.best_metric or "loss"
     if name not in evaluation:
         known = ", ".join(key for key, value in evaluation.items() if isinstance(value, float))
-        raise DataError(f"training.best_metric: no validation metric {name!r}. Found: {known}.")
+        raise ConfigError(f"training.best_metric: no validation metric {name!r}. Found: {known}.")
     sign = 1 if run.settings.best_is == "lowest" else -1
     value = evaluation[name]
     if run.best and sign * value >= sign * run.best["value"]:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from palate.training.settings import TrainingSettings, steps_of
 from palate.types import Method, Models
 
+_EMBEDDINGS = ("embed", "wte", "wpe")  # as transformers calls them, of tokens and (GPT-2) of positions
+
 
 def trained_parameters(models: Models, method: Method) -> dict[str, dict[str, nn.Parameter]]:
     """Role -> name -> parameter, of everything that receives a gradient."""
@@ -28,7 +30,7 @@ def make_optimizer(
     for role, named in parameters.items():
         value_rate = settings.value_learning_rate if role == "value" else None
         rate = value_rate or settings.learning_rate
-        matrices = [p for name, p in named.items() if p.ndim >= 2 and "embed" not in name and "wte" not in name]
+        matrices = [p for name, p in named.items() if p.ndim >= 2 and not any(part in name for part in _EMBEDDINGS)]
         taken = {id(p) for p in matrices}
         others = [p for p in named.values() if id(p) not in taken]
         parts += [

@@ -61,6 +61,8 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number above 0")
+        rate = self.value_learning_rate
+        _require(rate is None or rate > 0, "value_learning_rate", rate, "a number above 0, or nothing")
         _require(
             self.schedule in ("cosine", "linear", "constant"), "schedule", self.schedule, "cosine, linear, constant"
         )

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -17,7 +17,7 @@ from palate.data import files
 from palate.data.formats.detect import check_kind, convert_record, detect_format, find_format
 from palate.data.formats.palate import to_json
 from palate.data.kinds import Record, Unusable, at
-from palate.errors import DataError
+from palate.errors import DataError, PalateError
 
 
 @dataclass
@@ -137,6 +137,14 @@ def write_lines(where: str | Path, objects: Iterable[Mapping[str, Any]], *, over
 _NUMBERS = itertools.count()
 
 
+def check_target(where: str | Path, *, overwrite: bool = False) -> None:
+    """Raises:
+    DataError: the file is there and is not to be replaced; worth knowing before the work.
+    """
+    if str(where) != "-" and not overwrite and Path(where).expanduser().exists():
+        raise DataError(f"{where} exists and is not overwritten. Name another file, or remove it first.")
+
+
 @contextmanager
 def _target(where: str | Path, overwrite: bool) -> Iterator[TextIO]:
     if str(where) == "-":
@@ -144,11 +152,10 @@ def _target(where: str | Path, overwrite: bool) -> Iterator[TextIO]:
         sys.stdout.flush()
         return
     path = Path(where).expanduser()
-    if path.exists() and not overwrite:
-        raise DataError(f"{where} exists and is not overwritten. Name another file, or remove it first.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    check_target(where, overwrite=overwrite)
     partial = path.with_name(f".{path.name}.{os.getpid()}.{next(_NUMBERS)}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with (
             gzip.open(partial, "wt", encoding="utf-8")
             if path.suffix == ".gz"
@@ -158,5 +165,12 @@ def _target(where: str | Path, overwrite: bool) -> Iterator[TextIO]:
         if path.exists() and not overwrite:
             raise DataError(f"{where} appeared while it was being written, and is not overwritten.")
         os.replace(partial, path)
+    except OSError as error:
+        if isinstance(error, PalateError) or error.filename not in (None, str(path.parent), str(partial), str(path)):
+            raise  # the records' own fault, read as they are written
+        raise DataError(
+            f"{where}: cannot be written: {error.strerror or error}. Nothing is left of it; name another file or free some space."
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)

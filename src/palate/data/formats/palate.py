@@ -26,6 +26,8 @@ def convert(record: dict[str, Any], kind: str, source: str) -> list[Record]:
     if kind == "prompts":
         return [Prompt(prompt, fields.others(record, "prompt"), source)]
     if kind == "demonstrations":
+        if record.get("desirable") is not None:  # half of them may be what nobody should say
+            raise fields.cannot("Judged", "judgements", kind, source)
         response = fields.required(record, "response", source)
         return [Demonstration(prompt, response, source=source, **fields.options(record, "every_turn"))]
     if kind == "rankings" or (kind == "comparisons" and "responses" in record):
