@@ -9,7 +9,7 @@ people want opposite things (the longer reply here, the shorter one there); with
 can be learnt from 4,800 pairs. An accuracy of 0.54 to 0.62 is honest. 0.7 would be a leak.
 
     python examples/hh_reward.py             # the same command resumes it
-    python examples/hh_reward.py --quick     # a tenth of it
+    python examples/hh_reward.py --quick     # 800 comparisons
 
 Needs the folder of data (--data) with ``preferences/hh_rlhf.jsonl.gz``.
 """

@@ -15,7 +15,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = ROOT / "src" / "palate" / "methods"
 NAMES = sorted(path.stem for path in METHODS.glob("*.py") if not path.stem.startswith("_"))
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(p for d in ("docs", "examples", "benchmarks") for p in (ROOT / d).rglob("*.md"))])
 HEADINGS = [
     "Quick facts",
     "Equations",
@@ -185,7 +185,7 @@ def parse(command: str) -> None:
     with program.make_context("palate", list(words)) as context:
         name, found, rest = program.resolve_command(context, words)  # type: ignore[attr-defined]
         found.make_context(name, rest, parent=context)
-    if words[0] in ("train", "explain") and "." not in words[1]:
+    if words[0] in ("train", "explain") and not words[1].startswith("-") and "." not in words[1]:
         assert words[1] in NAMES, f"no method {words[1]!r}"
 
 

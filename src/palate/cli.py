@@ -6,6 +6,7 @@ what a program might read goes to standard output, as JSON with ``--json``.
 
 from __future__ import annotations
 
+import errno
 import json
 import shlex
 import signal
@@ -20,6 +21,7 @@ from typer.core import TyperGroup
 from palate.errors import ConfigError, PalateError
 
 _RESUMABLE = ("train", "run")
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # no bug of anybody's
 
 
 class _Commands(TyperGroup):
@@ -32,6 +34,12 @@ class _Commands(TyperGroup):
         except PalateError as error:
             typer.echo(f"palate: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+        except OSError as error:
+            if error.errno not in _OF_THE_MACHINE:
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            typer.echo(f"palate: {where}{error.strerror}. Free some space or choose another place, then try again.", err=True)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt as stopped:
             message = "\nTerminated." if isinstance(stopped, _Terminated) else "\nInterrupted."
             if ctx.invoked_subcommand in _RESUMABLE or sys.argv[1:2] and sys.argv[1] in _RESUMABLE:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -15,25 +18,42 @@ if TYPE_CHECKING:
     from palate.method_docs import Explanation, Setting
     from palate.texts import Checked
 
+WIDE = 110  # columns of a terminal in which a table of four columns can be read
+
 
 def print_explanation(found: Explanation, shared: Mapping[str, Sequence[Setting]] | None = None) -> None:
     """The method's own words, then its settings; then the settings that every run has, where asked for."""
     out = Console(highlight=False)
     first, _, rest = found.text.partition("\n\n")
-    out.print(first, style="bold", markup=False, soft_wrap=True)
-    out.print(f"\n{rest}", markup=False, soft_wrap=True)
+    out.print(_filled(first, out.width), style="bold", markup=False, soft_wrap=True)
+    for paragraph in rest.split("\n\n"):
+        out.print(f"\n{_filled(paragraph, out.width)}", markup=False, soft_wrap=True)
     out.print()
     out.print(_roles(found))
     if found.settings:
-        out.print(_settings_table(found.settings, "method."))
+        _print_settings(out, found.settings, "method.")
     else:
         out.print("No settings of its own.")
     for section, settings in (shared or {}).items():
-        out.print(_settings_table(settings, f"{section}." if section else ""))
+        _print_settings(out, settings, f"{section}." if section else "")
     if not shared:
         out.print(
             f"Settings of the run (training., data., sampling., lora.): palate explain {escape(found.name)} --all"
         )
+
+
+def _filled(paragraph: str, width: int) -> str:
+    """Prose as it stands where it fits, else broken anew; equations (indented) and lines that begin "Word:" stay lines."""
+    lines = paragraph.splitlines()
+    if all(len(line) <= width for line in lines) or any(line.startswith(" ") for line in lines):
+        return paragraph
+    parts: list[str] = []
+    for line in lines:
+        if parts and not re.match(r"[A-Z][\w ]*: ", line):
+            parts[-1] += f" {line}"
+        else:
+            parts.append(line)
+    return "\n".join(textwrap.fill(part, width, break_on_hyphens=False) for part in parts)
 
 
 def _roles(found: Explanation) -> Table:
@@ -42,6 +62,19 @@ def _roles(found: Explanation) -> Table:
         table.add_column(column)
     table.add_row(", ".join(found.needs), ", ".join(found.trains), found.reads)
     return table
+
+
+def _print_settings(out: Console, settings: Sequence[Setting], prefix: str) -> None:
+    """A table where there is room for four columns; else each setting on its line, with its meaning indented below."""
+    if out.width >= WIDE:
+        out.print(_settings_table(settings, prefix))
+        return
+    out.print()
+    for setting in settings:
+        named = (prefix + setting.name, "cyan"), f" = {setting.default_text} ", (f"({setting.type})", "dim")
+        out.print(Text.assemble(*named))
+        if setting.text:
+            out.print(Padding(Text(setting.text), (0, 0, 0, 4), expand=False))
 
 
 def _settings_table(settings: Sequence[Setting], prefix: str) -> Table:
@@ -57,7 +90,33 @@ def _settings_table(settings: Sequence[Setting], prefix: str) -> Table:
 
 
 def print_methods(found: Sequence[Explanation]) -> None:
-    """One line or a few for each method."""
+    """One row for each method; where that would be cramped, one paragraph."""
+    out = Console(highlight=False)
+    if out.width >= WIDE:
+        out.print(_methods_table(found))
+    else:
+        for each in found:
+            _print_method(out, each)
+    out.print("More: palate explain METHOD")
+
+
+def _print_method(out: Console, each: Explanation) -> None:
+    what, paper = _title(each)
+    roles = f"needs {', '.join(each.needs)}; trains {', '.join(each.trains)}; reads {each.reads}"
+    out.print(Text.assemble((each.name, "cyan"), "  ", (what, "bold")))
+    for line in (paper, roles):
+        if line:
+            out.print(Padding(Text(line), (0, 0, 0, 4), expand=False))
+    out.print()
+
+
+def _title(each: Explanation) -> tuple[str, str]:
+    """What a method is, and its paper."""
+    what, _, paper = each.title.partition(" -- ")
+    return what, paper
+
+
+def _methods_table(found: Sequence[Explanation]) -> Table:
     table = Table(show_lines=True)
     table.add_column("method", no_wrap=True, style="cyan")
     table.add_column("what it is, and its paper", min_width=24)
@@ -65,14 +124,12 @@ def print_methods(found: Sequence[Explanation]) -> None:
     table.add_column("trains")
     table.add_column("reads", no_wrap=True)
     for each in found:
-        what, _, paper = each.title.partition(" -- ")
+        what, paper = _title(each)
         about = Text.assemble((what, "bold"), f"\n{paper}" if paper else "")
         table.add_row(
             Text(each.name), about, *(Text(t) for t in (" ".join(each.needs), " ".join(each.trains), each.reads))
         )
-    out = Console(highlight=False)
-    out.print(table)
-    out.print("More: palate explain METHOD")
+    return table
 
 
 def print_check(found: Checked) -> None:

@@ -116,7 +116,7 @@ def _jsonl(lines: Iterable[str], name: str) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line.rstrip())  # with its line break a cut-off line would end in column 1 of the next
         except json.JSONDecodeError as error:
             hint = " Is it one JSON list? Then name it .json." if number == 1 and line.lstrip()[0] == "[" else ""
             raise DataError(

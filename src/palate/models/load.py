@@ -259,6 +259,8 @@ def _pretrained(
             f" Its weights are pickled ({pickled[0]}), which can run code when read; save them as safetensors first: "
             "AutoModel...from_pretrained(folder).save_pretrained(new_folder)."
             if pickled
+            else " The file is broken or was not copied to its end: fetch or save it again."
+            if isinstance(error, SafetensorError)
             else _hub_hint(place)
         )
         raise ModelError(f"{place}: the model cannot be loaded. {first_line(error)}{advice}") from error

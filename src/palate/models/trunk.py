@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model")  # pre-norm, RMS norm, rotary halves, gated feed-forward
 QUERIES_AT_ONCE = 192  # responses of a group that share one masked attention call
@@ -175,6 +176,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x * scale).mul_(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """dx = scale * (w g - x^ mean(w g x^)),  x^ = x * scale."""
         x, weight, scale = ctx.saved_tensors
@@ -221,6 +223,7 @@ class _Attention(torch.autograd.Function):
         return out.view(len(out), -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *normalisers = ctx.saved_tensors
         q_turn, k_turn, calls, copies = ctx.rest

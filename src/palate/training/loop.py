@@ -124,6 +124,8 @@ def _resume(run: Run, state: Mapping[str, Any] | None) -> int:
     run.method = checkpoint.restored_method(run.method, state["method"])
     run.best, run.stopped = state["best"], state["stopped"]
     log.cut_back(run.folder, state["sizes"])
+    if not state["skipped"]:  # a kill between writing the last checkpoint and removing the one before it
+        _remove_old(run)
     return int(state["step"])
 
 
@@ -136,8 +138,12 @@ def _save(run: Run, parameters: checkpoint.Parameters, optimizer: torch.optim.Op
     }
     folder = run.folder / "checkpoints"
     checkpoint.save_checkpoint(folder, step, parameters, optimizer, state)
+    _remove_old(run)
+
+
+def _remove_old(run: Run) -> None:
     best_step = int(run.best["step"]) if run.best else None
-    checkpoint.remove_old(folder, run.settings.keep_last, best_step)
+    checkpoint.remove_old(run.folder / "checkpoints", run.settings.keep_last, best_step)
 
 
 def _batch(
@@ -208,7 +214,7 @@ def _accumulate(
     sums: dict[str, Mean] = {}
     for micro in microbatches(part, run.settings.microbatch_tokens(run.device.type)):
         for name, mean in run.method.loss(run.models, micro).items():
-            if name == "loss":
+            if name == "loss" and mean.total.requires_grad:  # not when no row of the part has a response token
                 mean.total.backward()
             sums[name] = sums[name] + mean.detach() if name in sums else mean.detach()
     count = float(sums["loss"].count)

@@ -14,7 +14,8 @@ from __future__ import annotations
 from typing import Any
 
 from palate.data.formats import fields
-from palate.data.kinds import Comparison, Demonstration, Judgement, Prompt, Ranking, Record
+from palate.data.kinds import Comparison, Demonstration, Judgement, Prompt, Ranking, Record, at
+from palate.errors import DataError
 
 
 def detect(record: dict[str, Any]) -> bool:
@@ -26,8 +27,9 @@ def convert(record: dict[str, Any], kind: str, source: str) -> list[Record]:
     if kind == "prompts":
         return [Prompt(prompt, fields.others(record, "prompt"), source)]
     if kind == "demonstrations":
-        if record.get("desirable") is not None:  # half of them may be what nobody should say
-            raise fields.cannot("Judged", "judgements", kind, source)
+        if record.get("desirable") is not None:
+            why = "it may be what nobody should say. Keep the good ones and leave that field out to train on them"
+            raise DataError(at(source, f'a response that is judged ("desirable") is no demonstration: {why}.'))
         response = fields.required(record, "response", source)
         return [Demonstration(prompt, response, source=source, **fields.options(record, "every_turn"))]
     if kind == "rankings" or (kind == "comparisons" and "responses" in record):
