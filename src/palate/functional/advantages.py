@@ -43,7 +43,7 @@ def discounted_returns(rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> 
 
 
 def leave_one_out(scores: Tensor, group: Tensor) -> Tensor:
-    """R_i minus the mean of the *other* scores of its group (RLOO) -- Ahmadian et al. 2024, arXiv:2402.14740, eq. 8.
+    """R_i minus the mean of the *other* scores of its group (RLOO) -- Ahmadian et al. 2024, arXiv:2402.14740.
 
     Args:
         scores: [N], reward units.

@@ -245,6 +245,8 @@ class PPO:
         total = policy + self.value_coef * value - self.entropy_coef * entropy
         ratio = probability_ratio(logprobs.detach(), old)
         clipped = torch.where(advantages > 0, ratio > 1 + self.clip, ratio < 1 - self.clip) & (advantages != 0)
+        if self.dual_clip is not None:
+            clipped |= (advantages < 0) & (ratio > self.dual_clip)
         ones = torch.ones_like(policy)
         return {
             "loss": Mean.of(total, ones),

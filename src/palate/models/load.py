@@ -44,6 +44,7 @@ __all__ = [
 ]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+CLASS_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
 
 
 def load_tokenizer(where: str | Path) -> Any:
@@ -70,7 +71,14 @@ def load_tokenizer(where: str | Path) -> Any:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise ModelError(f"{where}: its tokenizer cannot be loaded. {first_line(error)}{_hub_hint(place)}") from error
+        names_no_class = Path(place).is_dir() and not any(Path(place, name).exists() for name in CLASS_FILES)
+        advice = (
+            f" None of {', '.join(CLASS_FILES)} is there to say of which class it is. Load it with its class and save it whole, "
+            "for GPT-2: transformers.GPT2Tokenizer.from_pretrained(folder).save_pretrained(folder)."
+            if names_no_class
+            else _hub_hint(place)
+        )
+        raise ModelError(f"{where}: its tokenizer cannot be loaded. {first_line(error)}{advice}") from error
     if not tokenizer.get_vocab():
         raise ModelError(f"{where}: its tokenizer has no tokens. Save the model's tokenizer into the folder again.")
     return tokenizer

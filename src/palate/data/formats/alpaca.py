@@ -33,6 +33,8 @@ def convert(record: dict[str, Any], kind: str, source: str) -> list[Record]:
         return [_ordered(prompt, output, kind, source)]
     if kind == "judgements":
         return [Judgement(prompt, output, fields.required(record, "kto_tag", source), source=source)]
+    if isinstance(record.get("kto_tag"), bool):
+        raise fields.judged("kto_tag", source)
     return [Demonstration(prompt, output, source=source)]
 
 

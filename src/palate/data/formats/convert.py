@@ -17,7 +17,7 @@ from palate.data import files
 from palate.data.formats.detect import check_kind, convert_record, detect_format, find_format
 from palate.data.formats.palate import to_json
 from palate.data.kinds import Record, Unusable, at
-from palate.errors import DataError, PalateError
+from palate.errors import ConfigError, DataError, PalateError
 
 
 @dataclass
@@ -27,10 +27,11 @@ class ConvertReport:
     read: int = 0
     written: int = 0
     format: str = "auto"
+    kind: str = "records"
     skipped: dict[str, list[str]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        said = f"{self.read:,} read ({self.format}), {self.written:,} records"
+        said = f"{self.read:,} read ({self.format}), {self.written:,} {self.kind}"
         return f"{said}; {skipped_text(self.skipped)}" if self.skipped else f"{said}, none skipped"
 
 
@@ -112,7 +113,7 @@ def convert_file(
     Raises:
         DataError: the target exists, or a record cannot be read; then no target is left.
     """
-    report = ConvertReport()
+    report = ConvertReport(kind=kind)
     records = iterate_records(source, kind, format=from_format, split=split, rename=rename, report=report)
     report.written = write_lines(target, (to_json(record) for record in records))
     if not report.written:
@@ -138,9 +139,14 @@ _NUMBERS = itertools.count()
 
 
 def check_target(where: str | Path, *, overwrite: bool = False) -> None:
-    """Raises:
-    DataError: the file is there and is not to be replaced; worth knowing before the work.
+    """What is worth knowing before the work.
+
+    Raises:
+        DataError: the file is there and is not to be replaced.
+        ConfigError: its name says that it is a table, and what is written is JSONL.
     """
+    if Path(where).suffix.lower() in (".csv", ".tsv", ".parquet"):
+        raise ConfigError(f"{where}: what is written is JSONL, which this name would hide. Name it {Path(where).stem}.jsonl.")
     if str(where) != "-" and not overwrite and Path(where).expanduser().exists():
         raise DataError(f"{where} exists and is not overwritten. Name another file, or remove it first.")
 

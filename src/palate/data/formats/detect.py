@@ -87,6 +87,8 @@ def convert_record(record: dict[str, Any], kind: str, source: str, *, format: st
 
 def _help(record: dict[str, Any], kind: str, tried: str) -> str:
     shape = detect_format(record)
+    if shape == "palate" != tried and _readable(record, kind, shape):
+        return f"It has palate's own shape, and the records before it that of {tried}: one file, one shape."
     if shape is not None and shape != tried and _readable(record, kind, shape):
         return f"Convert with: palate convert --from {shape}"
     return f"Expected, for {kind}: {SHAPES[kind]}. Other shapes: palate convert --help"

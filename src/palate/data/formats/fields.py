@@ -49,6 +49,17 @@ def missing(record: dict[str, Any], name: str, source: str) -> MissingField:
     return MissingField(at(source, f'no "{name}" field. Found: {found or "nothing"}.'))
 
 
+def judged(name: str, source: str) -> DataError:
+    """The error when a response that somebody judged is read as one to imitate."""
+    return DataError(
+        at(
+            source,
+            f'a response that is judged ("{name}") is no demonstration: it may be what nobody should say. To train on the good '
+            f'ones, keep those and leave "{name}" out.',
+        )
+    )
+
+
 def cannot(shape: str, holds: str, kind: str, source: str) -> DataError:
     """The error when a shape does not hold that kind of records."""
     return DataError(at(source, f"{shape} records hold {holds}, not {kind}. Expected: {SHAPES[kind]}."))

@@ -14,8 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from palate.data.formats import fields
-from palate.data.kinds import Comparison, Demonstration, Judgement, Prompt, Ranking, Record, at
-from palate.errors import DataError
+from palate.data.kinds import Comparison, Demonstration, Judgement, Prompt, Ranking, Record
 
 
 def detect(record: dict[str, Any]) -> bool:
@@ -28,8 +27,7 @@ def convert(record: dict[str, Any], kind: str, source: str) -> list[Record]:
         return [Prompt(prompt, fields.others(record, "prompt"), source)]
     if kind == "demonstrations":
         if record.get("desirable") is not None:
-            why = "it may be what nobody should say. Keep the good ones and leave that field out to train on them"
-            raise DataError(at(source, f'a response that is judged ("desirable") is no demonstration: {why}.'))
+            raise fields.judged("desirable", source)
         response = fields.required(record, "response", source)
         return [Demonstration(prompt, response, source=source, **fields.options(record, "every_turn"))]
     if kind == "rankings" or (kind == "comparisons" and "responses" in record):

@@ -40,6 +40,8 @@ def convert(record: dict[str, Any], kind: str, source: str) -> list[Record]:
     if kind == "demonstrations":
         if "completion" not in record and isinstance(record.get("text"), str):
             return [Demonstration("", record["text"], source=source)]
+        if isinstance(record.get("label"), bool):
+            raise fields.judged("label", source)
         prompt, response = _completion(record, kind, source)
         return [Demonstration(prompt, response, source=source)]
     if kind == "judgements":
