@@ -185,7 +185,7 @@ def test_convert_file_streams_counts_and_never_overwrites(tmp_path):
     source, target = tmp_path / "a.jsonl", tmp_path / "out" / "b.jsonl.gz"
     source.write_text("".join(json.dumps({"instruction": str(i), "output": "x"}) + "\n" for i in range(5)))
     report = convert_file(source, target, "alpaca", "demonstrations")
-    assert (report.read, report.written) == (5, 5) and str(report) == "5 read (alpaca), 5 records, none skipped"
+    assert (report.read, report.written) == (5, 5) and str(report) == "5 read (alpaca), 5 demonstrations, none skipped"
     assert [r.prompt for r in read_records(target, "demonstrations", format="palate")] == list("01234")
     before = target.read_bytes()
     with pytest.raises(DataError, match="exists and is not overwritten"):

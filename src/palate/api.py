@@ -120,6 +120,9 @@ def score(
     from palate.errors import DataError
     from palate.texts import Scorable, score_records
 
+    for name, given in (("prompts", prompts), ("responses", responses)):
+        if isinstance(given, str):
+            raise ConfigError(f"{name} is one string; give a list of {name}.")
     if len(prompts) != len(responses):
         raise ConfigError(f"{len(prompts)} prompts for {len(responses)} responses; one for each was expected.")
     ends = [True] * len(responses) if finished is None else list(finished)

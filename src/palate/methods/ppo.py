@@ -245,8 +245,6 @@ class PPO:
         total = policy + self.value_coef * value - self.entropy_coef * entropy
         ratio = probability_ratio(logprobs.detach(), old)
         clipped = torch.where(advantages > 0, ratio > 1 + self.clip, ratio < 1 - self.clip) & (advantages != 0)
-        if self.dual_clip is not None:
-            clipped |= (advantages < 0) & (ratio > self.dual_clip)
         ones = torch.ones_like(policy)
         return {
             "loss": Mean.of(total, ones),
@@ -274,7 +272,9 @@ class PPO:
         if self.adaptive_kl_target is not None:
             log_ratio = torch.where(batch.tokens.response_mask, batch.logprobs - batch.reference_logprobs, 0)
             kl = log_ratio.sum(-1).mean().item()
-            coef = adapted_kl_coef(self.kl_coef, kl, self.adaptive_kl_target, len(batch), self.adaptive_kl_horizon)
+            # A batch longer than the horizon counts as the horizon: one step never changes more than a fifth.
+            episodes, horizon = min(len(batch), int(self.adaptive_kl_horizon) or 1), self.adaptive_kl_horizon
+            coef = adapted_kl_coef(self.kl_coef, kl, self.adaptive_kl_target, episodes, horizon)
             method = replace(method, kl_coef=coef)
         if self.normalise_scores:
             method = replace(method, score_moments=self.score_moments.including(batch.scores))

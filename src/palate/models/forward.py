@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from palate.functional.logprobs import logprobs_and_entropy
 from palate.models import trunk
@@ -255,7 +256,13 @@ def _autocast(model: nn.Module, device: torch.device) -> contextlib.AbstractCont
 def _scalar(model: nn.Module, states: Tensor) -> Tensor:
     """Head, in float32 at least, and normalisation: [M, H] -> [M], reward units."""
     inner, _ = _unwrap(model)
-    raw = scalar_head(inner)(_wide(states)).squeeze(-1)
+    head = scalar_head(inner)
+    states = _wide(states)
+    if isinstance(head, nn.Linear) and head.weight.dtype != states.dtype:  # a bf16 model not from ``load_scalar``
+        bias = None if head.bias is None else head.bias.to(states.dtype)
+        raw = functional.linear(states, head.weight.to(states.dtype), bias).squeeze(-1)
+    else:
+        raw = head(states).squeeze(-1)
     return (raw - getattr(inner.config, "score_mean", 0.0)) / getattr(inner.config, "score_std", 1.0)
 
 

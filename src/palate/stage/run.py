@@ -134,6 +134,8 @@ def load_stage(config: RunConfig, say: Say) -> Stage:
     for warning in caught:
         noted(str(warning.message))
     say(f"loading {trained_role(config)} from {config.model}")
+    if config.method.settings.reads == "prompts":
+        _say_what_truncates(config, say)
     model = load_trained(config, tokenizer)
     config = resolved(config, facts_of(model))
     for key, reason in config.filled.items():
@@ -158,6 +160,18 @@ def _check_held_out(config: RunConfig, items: Sides) -> None:
                 f"training.{key}: looks at held-out records, and none are held out. Give data.validation=FILE, a "
                 "data.validation_fraction above 0, or more than one prompt."
             )
+
+
+def _say_what_truncates(config: RunConfig, say: Say) -> None:
+    """Filters of the sampler make another distribution than the one whose log-probabilities are trained."""
+    sampling = config.sampling
+    filters = {"top_p": sampling.top_p < 1, "top_k": sampling.top_k > 0, "min_new_tokens": sampling.min_new_tokens > 0}
+    on = [f"sampling.{name}={getattr(sampling, name)}" for name, is_on in filters.items() if is_on]
+    if on:
+        say(
+            f"warning: {', '.join(on)} cuts the distribution that responses are drawn from, but not the one that is trained: "
+            "log-probabilities are of the whole softmax, and the KL may come out negative. Leave it out in training."
+        )
 
 
 def _value(config: RunConfig, key: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from palate.data.collate import encode_records, prompt_ids
@@ -10,6 +11,7 @@ from palate.data.kinds import Prompt, PromptText, Record
 from palate.data.records import read_records
 from palate.errors import ConfigError, DataError
 from palate.generation.sampler import SamplingSettings, sample
+from palate.settings_tree import closest
 from palate.texts.common import Progress, context_of, policy_with_chat, say_cut
 from palate.training.order import seeded
 
@@ -17,6 +19,16 @@ from palate.training.order import seeded
 def read_prompts(where: str, *, format: str = "auto", limit: int | None = None) -> list[Record]:
     """Prompts of any records that have them; a plain text file's or stdin's lines must be JSON objects."""
     return read_records(where, "prompts", format=format, limit=limit)
+
+
+def _settings(decoding: Mapping[str, Any]) -> SamplingSettings:
+    known = [field.name for field in fields(SamplingSettings)]
+    for key in decoding:
+        if key not in known:
+            near = closest(key, known)
+            hint = f' Did you mean "{near}"?' if near else ""
+            raise ConfigError(f'unknown setting "{key}" of sampling.{hint} Known: {", ".join(known)}.')
+    return SamplingSettings(**decoding)
 
 
 def sample_records(
@@ -43,8 +55,8 @@ def sample_records(
     """
     if not prompts:
         raise DataError("no prompt to respond to.")
+    settings = _settings(decoding or {})
     policy, chat = policy_with_chat(model, chat_template, system, dtype, device)
-    settings = SamplingSettings(**(decoding or {}))
     records = [p if hasattr(p, "source") else Prompt(p) for p in prompts]  # type: ignore[arg-type]
     room = context_of(policy) - settings.max_new_tokens
     if room < 1:

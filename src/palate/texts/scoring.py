@@ -152,13 +152,15 @@ def _scores(
         Demonstration(scorable.record.prompt, text, source=str(i))
         for i, (scorable, text) in enumerate(zip(whose, texts, strict=True))
     ]
+    if not any(text.strip() for text in texts):
+        _say_empty(len(texts), len(texts))
+        return [None] * len(texts)
     try:
         items, report = encode_records(numbered, "demonstrations", chat, max_length=longest)
     except DataError as error:
         raise DataError(f"{records[0].record.source}: {error}") from None
     say_cut(report, longest)
-    if len(items) < len(texts):
-        warnings.warn(f"{len(texts) - len(items):,} of {len(texts):,} responses are empty: no score (null).", stacklevel=2)
+    _say_empty(len(texts) - len(items), len(texts))
     found: list[float | None] = [None] * len(texts)
     with torch.no_grad():
         for start in range(0, len(items), ROWS):
@@ -172,6 +174,11 @@ def _scores(
             if progress is not None:
                 progress(min(start + ROWS, len(items)), len(items))
     return found
+
+
+def _say_empty(count: int, of: int) -> None:
+    if count:
+        warnings.warn(f"{count:,} of {of:,} responses are empty: no score (null).", stacklevel=3)
 
 
 def _as_sampled(item: Item, scorable: Scorable, chat: Chat) -> Item:

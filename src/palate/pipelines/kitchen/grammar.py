@@ -123,25 +123,30 @@ def perfect_response(prompt: str, rng: random.Random) -> str:
 def mixed_response(prompt: str, rng: random.Random) -> str:
     """What an ordinary waiter says: readable, but of mixed quality.
 
-    Chances: polite opener 0.3, rude 0.15; choice fitting the subject 0.8 (the guest's wish is not listened to), from
-    another family 0.2; a reason 0.45, of which 0.65 true; each of two fillers 0.35; polite closer 0.3; a slip (word said
-    twice, sentence said twice, end missing) 0.08.
+    Chances: polite opener 0.3, rude 0.15; an answer about another subject 0.25; a choice of another family than that
+    subject's 0.2 (and the guest's wish is not listened to); a reason 0.45, of which 0.65 true; each of two fillers 0.35; polite closer 0.3; a slip (word said
+    twice, sentence said twice, end missing) 0.04.
     """
     task = read_prompt(prompt)
     parts = []
     manners = rng.random()
     if manners < 0.45:
         parts.append(rng.choice(POLITE_OPENERS if manners < 0.3 else RUDE_OPENERS))
-    family = task.family if rng.random() < 0.8 else rng.choice([f for f in task.kind.choices if f != task.family])
+    family, subject = task.family, task.subject
+    if rng.random() < 0.25:
+        family = rng.choice(list(task.kind.subjects))
+        subject = rng.choice([s for s in task.kind.subjects[family] if s != task.subject])
+    if rng.random() < 0.2:
+        family = rng.choice([f for f in task.kind.choices if f != family])
     choice = rng.choice(task.kind.choices[family])
     reason = ""
     if rng.random() < 0.45:
         reason = rng.choice(choice.reasons) if rng.random() < 0.65 else rng.choice(list(REASONS.values()))
-    parts.append(_answer(task.kind, choice, task.subject, reason, rng))
+    parts.append(_answer(task.kind, choice, subject, reason, rng))
     parts += [f for f in rng.sample(FILLERS, 2) if rng.random() < 0.35]
     if rng.random() < 0.3:
         parts.append(rng.choice(POLITE_CLOSERS))
-    return _slip(parts, rng) if rng.random() < 0.08 else " ".join(parts)
+    return _slip(parts, rng) if rng.random() < 0.04 else " ".join(parts)
 
 
 def _answer(kind: Kind, choice: Choice, subject: str, reason: str, rng: random.Random) -> str:

@@ -13,7 +13,7 @@ LOWEST = -10.0
 
 
 def gold(prompt: str, response: str) -> float:
-    """The gold preference, in [-10, 3.6]; see ``tastes`` for what it is made of.
+    """The gold preference, in [-10, 3.4]; see ``tastes`` for what it is made of.
 
     Raises:
         DataError: the prompt is not one of this world.
@@ -29,9 +29,9 @@ def gold_reward(prompts: list[str], responses: list[str], **fields: object) -> l
 def tastes(prompt: str, response: str) -> dict[str, float]:
     """The parts of gold by name.
 
-    * ``answer``: +1.5 for a choice that suits what was asked and respects the guest's wish; -0.5 for one that does not, or
-      about something else; -1 for no answer. Each further answer -0.5.
-    * ``reason``: +0.8 for a reason that is true of the choice, -0.4 for another.
+    * ``answer``: +1 for an answer to what was asked, -0.5 for one to something else, -1 for none. Each further answer -0.5.
+    * ``suits``: +0.5 for a choice that suits what was asked and respects the guest's wish.
+    * ``reason``: +0.6 for a reason that is true of the choice.
     * ``polite``: +0.8 for a polite opening, +0.5 for a polite ending, -1.2 for each rude remark.
     * ``brief``: -0.4 for each empty sentence, -0.06 for each word after the twenty-second.
     * ``fresh``: -0.2 for each run of three words that was there before.
@@ -43,6 +43,7 @@ def tastes(prompt: str, response: str) -> dict[str, float]:
     answers = [s for s in said if s.role == "answer"]
     return {
         "answer": _answer(task, answers),
+        "suits": _suits(task, answers[0]) if answers else 0.0,
         "reason": _reason(task, answers[0]) if answers else 0.0,
         "polite": _polite(said),
         "brief": -0.4 * _count(said, "filler") - 0.06 * max(0, len(response.split()) - BRIEF_WORDS),
@@ -54,17 +55,21 @@ def tastes(prompt: str, response: str) -> dict[str, float]:
 def _answer(task: Task, answers: list[Sentence]) -> float:
     if not answers:
         return -1.0
-    first = answers[0]
-    right = any(task.fits(c) and c.name == first.choice for c in task.kind.choices[task.family])
-    good = right and first.kind == task.kind.name and first.subject == task.subject
-    return (1.5 if good else -0.5) - 0.5 * (len(answers) - 1)
+    return (1.0 if _is_asked(task, answers[0]) else -0.5) - 0.5 * (len(answers) - 1)
+
+
+def _is_asked(task: Task, answer: Sentence) -> bool:
+    return answer.kind == task.kind.name and answer.subject == task.subject
+
+
+def _suits(task: Task, answer: Sentence) -> float:
+    suitable = [c.name for c in task.kind.choices[task.family] if task.fits(c)]
+    return 0.5 if _is_asked(task, answer) and answer.choice in suitable else 0.0
 
 
 def _reason(task: Task, answer: Sentence) -> float:
-    if not answer.reason:
-        return 0.0
     choices = [c for family in task.kind.choices.values() for c in family]
-    return 0.8 if any(c.name == answer.choice and answer.reason in c.reasons for c in choices) else -0.4
+    return 0.6 if any(c.name == answer.choice and answer.reason in c.reasons for c in choices) else 0.0
 
 
 def _polite(said: list[Sentence]) -> float:
