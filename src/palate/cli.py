@@ -1,7 +1,7 @@
 """The command line. Reads arguments, calls ``palate.api``, prints; everything heavy is imported inside the commands.
 
-Exit codes: 0 done, 1 failed, 2 the command or a setting is wrong, 130 interrupted, 143 terminated. Messages go to standard error;
-what a program might read goes to standard output, as JSON with ``--json``.
+Exit codes: 0 done, 1 failed, 2 the command or a setting is wrong, 130 interrupted, 143 terminated. Messages go to
+standard error; what a program might read goes to standard output, as JSON with ``--json``.
 """
 
 from __future__ import annotations

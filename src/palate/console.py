@@ -43,7 +43,7 @@ def print_explanation(found: Explanation, shared: Mapping[str, Sequence[Setting]
 
 
 def _filled(paragraph: str, width: int) -> str:
-    """Prose as it stands where it fits, else broken anew; equations (indented) and lines that begin "Word:" stay lines."""
+    """Prose as it is where it fits, else broken anew; equations (indented) and lines that begin "Word:" stay lines."""
     lines = paragraph.splitlines()
     if all(len(line) <= width for line in lines) or any(line.startswith(" ") for line in lines):
         return paragraph

@@ -87,8 +87,8 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             number = path.read_text(encoding="utf-8").strip() or "unknown"
             raise RunError(
-                f"{folder}: another process (number {number}) is training in this folder. Wait for it or stop it, then give the "
-                "same command to resume; or give another --out."
+                f"{folder}: another process (number {number}) is training in this folder. Wait for it or stop it, then "
+                "give the same command to resume; or give another --out."
             ) from None
         except OSError:  # a file system without locks
             pass

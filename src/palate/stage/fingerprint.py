@@ -20,8 +20,8 @@ def check_data(folder: Path, sides: Mapping[str, Sequence[Item]]) -> None:
 
     Args:
         folder: the run's.
-        sides: "train", "validation", ... and their items, as they are trained on: another tokenizer or chat template shows
-            too.
+        sides: "train", "validation", ... and their items, as they are trained on: another tokenizer or chat template
+            shows too.
     Raises:
         RunError: an item was added, removed or changed since the run was started.
     """
@@ -36,8 +36,8 @@ def check_data(folder: Path, sides: Mapping[str, Sequence[Item]]) -> None:
         raise RunError(
             f"{folder}: the data changed since this run was started:\n  "
             + "\n  ".join(changed)
-            + "\nResumed with it, the run would be neither the old one nor a new one. Put the old records (and tokenizer) back, "
-            "or give another --out for a new run."
+            + "\nResumed with it, the run would be neither the old one nor a new one. Put the old records (and "
+            "tokenizer) back, or give another --out for a new run."
         )
 
 

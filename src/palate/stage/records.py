@@ -72,7 +72,7 @@ def opening(record: Record, words: int) -> Record:
 
 
 def kind_of(where: str, *, format: str = "auto", split: str = "train", but: str = "") -> str | None:
-    """The most particular kind as which the first record can be read, or None; None too where it can be read as ``but``."""
+    """The most particular kind as which the first record can be read; None without one, or where ``but`` can be read."""
     if but and _first(where, but, format, split) is not None:
         return None
     for kind in MOST_PARTICULAR:

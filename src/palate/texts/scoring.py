@@ -90,8 +90,8 @@ def score_records(
         reward: what ``models.rewards.load_reward`` takes: a folder or hub name, "module:function", a mapping.
         records: with responses, all of one kind.
         tokenizer: folder or hub name of the policy's, for a reward that has none of its own.
-        max_length: tokens of prompt and response; None = what the reward can hold, at most 1024. Longer prompts are cut at
-            their beginning, with a warning that counts them.
+        max_length: tokens of prompt and response; None = what the reward can hold, at most 1024. Longer prompts are cut
+            at their beginning, with a warning that counts them.
     Raises:
         ConfigError: the reward has no tokenizer and none is named, or ``max_length`` is more than the reward can hold.
     """

@@ -47,15 +47,13 @@ class Rollout:
             )
 
     def texts(self, tokens: Tokens, rows: Sequence[int]) -> list[dict[str, Any]]:
-        """Prompt and response of the given rows, as text."""
-        entries = []
-        for row in rows:
-            response = tokens.response_mask[row]
-            prompt = tokens.attention_mask[row] & ~response
-            entries.append(
-                {
-                    "prompt": self.chat.tokenizer.decode(tokens.ids[row][prompt]),
-                    "response": self.chat.text(tokens.ids[row][response].tolist()),
-                }
-            )
-        return entries
+        """Prompt, response and whether it ended by itself, of the given rows: what ``palate score`` reads again."""
+        records: Any = tokens.extras["records"]
+        return [
+            {
+                "prompt": records[row].prompt,
+                "response": self.chat.text(tokens.ids[row][tokens.response_mask[row]].tolist()),
+                "finished": bool(tokens.extras["finished"][row]),
+            }
+            for row in rows
+        ]

@@ -177,7 +177,8 @@ def _target(where: str | Path, overwrite: bool) -> Iterator[TextIO]:
         if isinstance(error, PalateError) or error.filename not in (None, str(path.parent), str(partial), str(path)):
             raise  # the records' own fault, read as they are written
         raise DataError(
-            f"{where}: cannot be written: {error.strerror or error}. Nothing is left of it; name another file or free some space."
+            f"{where}: cannot be written: {error.strerror or error}. Nothing is left of it; name another file or free "
+            "some space."
         ) from error
     finally:
         with suppress(OSError):
