@@ -54,18 +54,18 @@ def test_every_choice_is_told_apart_by_its_name_within_a_kind():
 
 
 def test_every_prompt_has_several_perfect_answers():
-    """+1.5 answer, +0.8 reason, +1.3 manners, at most a few words too many."""
+    """+1.4 answer, +0.8 reason, +1.3 manners, at most a few words too many."""
     rng = random.Random(0)
     for prompt in draw_prompts(400, seed=0):
         task = read_prompt(prompt)
         assert sum(task.fits(c) for c in task.kind.choices[task.family]) >= 2
-        assert 3.2 <= gold(prompt, perfect_response(prompt, rng)) <= 3.6
+        assert 3.1 <= gold(prompt, perfect_response(prompt, rng)) <= 3.5
 
 
 def test_ordinary_answers_leave_room():
     rng = random.Random(0)
     values = [gold(p, mixed_response(p, rng)) for p in draw_prompts(2000, seed=0)]
-    assert 0.3 < sum(values) / len(values) < 1.3
+    assert 0.8 < sum(values) / len(values) < 1.6
     assert sum(v > 3.2 for v in values) / len(values) < 0.03
 
 
@@ -73,24 +73,25 @@ def test_ordinary_sentences_are_all_of_this_world_but_for_slips():
     rng = random.Random(1)
     texts = [mixed_response(p, rng) for p in draw_prompts(1000, seed=1)]
     broken = sum(any(read_sentence(s).role == "broken" for s in sentences(t)) for t in texts)
-    assert 0 < broken < 100
+    assert 0 < broken < 60
 
 
 @pytest.mark.parametrize(
     ("response", "expected"),
     [
-        (PLAIN, 1.5),
-        ("Try cucumber salad with the grilled salmon because it cuts the fat.", 2.3),
-        ("Try cucumber salad with the grilled salmon because it adds some crunch.", 1.1),
-        (f"With pleasure. {PLAIN} Enjoy your meal.", 2.8),
-        (f"Enjoy your meal. {PLAIN} With pleasure.", 1.5),
-        (f"Not again. {PLAIN}", 0.3),
-        (f"{PLAIN} Food is a matter of taste.", 1.1),
-        ("Try rye bread with the grilled salmon.", -0.5),
+        (PLAIN, 1.4),
+        ("Try rye bread with the grilled salmon.", 1.0),
+        ("Try cucumber salad with the grilled salmon because it cuts the fat.", 1.4 + 0.8),
+        ("Try cucumber salad with the grilled salmon because it adds some crunch.", 1.4 + 0.5),
+        (f"With pleasure. {PLAIN} Enjoy your meal.", 1.4 + 0.8 + 0.5),
+        (f"Enjoy your meal. {PLAIN} With pleasure.", 1.4),
+        (f"Not again. {PLAIN}", 1.4 - 1.2),
+        (f"{PLAIN} Food is a matter of taste.", 1.4 - 0.4),
         ("Try cucumber salad with the baked cod.", -0.5),
+        ("Pour mint water with the grilled salmon.", -0.5),
         ("Pour cucumber salad with the grilled salmon.", -1 - 1 - 0.1 * 2),
-        (f"{PLAIN} Serve dill cream with the grilled salmon.", 1.5 - 0.5 - 0.2 * 2),
-        (f"{PLAIN} {PLAIN}", 1.5 - 0.5 - 0.2 * 5),
+        (f"{PLAIN} Serve dill cream with the grilled salmon.", 1.4 - 0.5 - 0.2 * 2),
+        (f"{PLAIN} {PLAIN}", 1.4 - 0.5 - 0.2 * 5),
         ("With pleasure.", -1 + 0.8),
         ("Try cucumber salad with the grilled", -1 - 1 - 1 - 0.1 * 1),
         ("", -1 - 3),
@@ -103,9 +104,9 @@ def test_gold_by_hand(response, expected):
 
 def test_a_wish_rules_out_one_choice():
     answer = "Try dill cream with the grilled salmon."
-    assert gold(PROMPT, answer) == 1.5
-    assert gold(PROMPT + " No dairy, please.", answer) == -0.5
-    assert gold(PROMPT + " No nuts, please.", answer) == 1.5
+    assert gold(PROMPT, answer) == 1.4
+    assert gold(PROMPT + " No dairy, please.", answer) == 1.0
+    assert gold(PROMPT + " No nuts, please.", answer) == 1.4
 
 
 def test_words_after_the_twenty_second_cost():
@@ -128,7 +129,7 @@ def test_no_kind_of_rubbish_beats_a_plain_answer():
 
 
 def test_gold_as_a_reward_function():
-    assert gold_reward([PROMPT, PROMPT], [PLAIN, ""], answer=["unused"] * 2) == [1.5, -4.0]
+    assert gold_reward([PROMPT, PROMPT], [PLAIN, ""], answer=["unused"] * 2) == [1.4, -4.0]
 
 
 def test_a_question_of_another_world_is_refused():

@@ -123,9 +123,9 @@ def perfect_response(prompt: str, rng: random.Random) -> str:
 def mixed_response(prompt: str, rng: random.Random) -> str:
     """What an ordinary waiter says: readable, but of mixed quality.
 
-    Chances: polite opener 0.3, rude 0.15; an answer about another subject 0.25; a choice of another family than that
-    subject's 0.2 (and the guest's wish is not listened to); a reason 0.45, of which 0.65 true; each of two fillers 0.35; polite closer 0.3; a slip (word said
-    twice, sentence said twice, end missing) 0.04.
+    Chances: polite opener 0.3, rude 0.15; an answer about another subject 0.08; a choice of another family than that
+    subject's 0.15 (and the guest's wish is not listened to); a reason 0.45, of which 0.65 true; each of two fillers 0.35;
+    polite closer 0.3; a slip (word said twice, sentence said twice, end missing) 0.04.
     """
     task = read_prompt(prompt)
     parts = []
@@ -133,10 +133,10 @@ def mixed_response(prompt: str, rng: random.Random) -> str:
     if manners < 0.45:
         parts.append(rng.choice(POLITE_OPENERS if manners < 0.3 else RUDE_OPENERS))
     family, subject = task.family, task.subject
-    if rng.random() < 0.25:
+    if rng.random() < 0.08:
         family = rng.choice(list(task.kind.subjects))
         subject = rng.choice([s for s in task.kind.subjects[family] if s != task.subject])
-    if rng.random() < 0.2:
+    if rng.random() < 0.15:
         family = rng.choice([f for f in task.kind.choices if f != family])
     choice = rng.choice(task.kind.choices[family])
     reason = ""

@@ -13,7 +13,7 @@ LOWEST = -10.0
 
 
 def gold(prompt: str, response: str) -> float:
-    """The gold preference, in [-10, 3.4]; see ``tastes`` for what it is made of.
+    """The gold preference, in [-10, 3.5]; see ``tastes`` for what it is made of.
 
     Raises:
         DataError: the prompt is not one of this world.
@@ -30,8 +30,8 @@ def tastes(prompt: str, response: str) -> dict[str, float]:
     """The parts of gold by name.
 
     * ``answer``: +1 for an answer to what was asked, -0.5 for one to something else, -1 for none. Each further answer -0.5.
-    * ``suits``: +0.5 for a choice that suits what was asked and respects the guest's wish.
-    * ``reason``: +0.6 for a reason that is true of the choice.
+    * ``suits``: +0.4 for a choice that suits what was asked and respects the guest's wish.
+    * ``reason``: +0.5 for giving a reason, and +0.3 more if it is true of the choice.
     * ``polite``: +0.8 for a polite opening, +0.5 for a polite ending, -1.2 for each rude remark.
     * ``brief``: -0.4 for each empty sentence, -0.06 for each word after the twenty-second.
     * ``fresh``: -0.2 for each run of three words that was there before.
@@ -64,12 +64,14 @@ def _is_asked(task: Task, answer: Sentence) -> bool:
 
 def _suits(task: Task, answer: Sentence) -> float:
     suitable = [c.name for c in task.kind.choices[task.family] if task.fits(c)]
-    return 0.5 if _is_asked(task, answer) and answer.choice in suitable else 0.0
+    return 0.4 if _is_asked(task, answer) and answer.choice in suitable else 0.0
 
 
 def _reason(task: Task, answer: Sentence) -> float:
+    if not answer.reason:
+        return 0.0
     choices = [c for family in task.kind.choices.values() for c in family]
-    return 0.6 if any(c.name == answer.choice and answer.reason in c.reasons for c in choices) else 0.0
+    return 0.8 if any(c.name == answer.choice and answer.reason in c.reasons for c in choices) else 0.5
 
 
 def _polite(said: list[Sentence]) -> float:

@@ -14,7 +14,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def kitchen_tokenizer(vocabulary: int = 800) -> Any:
+def kitchen_tokenizer(vocabulary: int = 1024) -> Any:
     """A ``PreTrainedTokenizerFast`` with pad, bos and eos of its own and a chat template.
 
     Byte-level, so any text can be written, and decoding gives the text back exactly. The same tokenizer every time: the
