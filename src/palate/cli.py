@@ -38,7 +38,9 @@ class _Commands(TyperGroup):
             if error.errno not in _OF_THE_MACHINE:
                 raise
             where = f"{error.filename}: " if error.filename else ""
-            typer.echo(f"palate: {where}{error.strerror}. Free some space or choose another place, then try again.", err=True)
+            typer.echo(
+                f"palate: {where}{error.strerror}. Free some space or choose another place, then try again.", err=True
+            )
             raise typer.Exit(1) from None
         except KeyboardInterrupt as stopped:
             message = "\nTerminated." if isinstance(stopped, _Terminated) else "\nInterrupted."

@@ -43,10 +43,16 @@ def open_run(config: RunConfig, unresolved: Collection[str] = ()) -> State:
                 f"{folder}: this folder holds a run with other settings:\n  "
                 + "\n  ".join(found)
                 + "\nGive the settings it was started with to resume it, or another --out for a new run."
-                + ("" if _begun(folder) else f" It has no checkpoint yet: nothing is lost with it if you remove {folder}.")
+                + (
+                    ""
+                    if _begun(folder)
+                    else f" It has no checkpoint yet: nothing is lost with it if you remove {folder}."
+                )
             )
         return "finished" if (folder / "card.md").exists() else "unfinished"
-    if folder.exists() and (not folder.is_dir() or any(p.name not in (".config.yaml.tmp", LOCK) for p in folder.iterdir())):
+    if folder.exists() and (
+        not folder.is_dir() or any(p.name not in (".config.yaml.tmp", LOCK) for p in folder.iterdir())
+    ):
         raise RunError(f"{folder}: exists, and is not the folder of a run (it has no config.yaml). Give another --out.")
     if unresolved:
         return "new"

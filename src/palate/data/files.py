@@ -124,7 +124,9 @@ def _jsonl(lines: Iterable[str], name: str) -> Iterator[Row]:
                 f"The line reads: {_around(line, error.pos)}. Expected one JSON object a line.{hint}"
             ) from None
         if number == 1 and isinstance(value, list):
-            raise DataError(f"{name}:1: a list. Expected one JSON object a line. Is the file one JSON list? Then name it .json.")
+            raise DataError(
+                f"{name}:1: a list. Expected one JSON object a line. Is the file one JSON list? Then name it .json."
+            )
         yield f"{name}:{number}", _object(value, f"{name}:{number}")
 
 

@@ -158,7 +158,9 @@ def _scores(
         raise DataError(f"{records[0].record.source}: {error}") from None
     say_cut(report, longest)
     if len(items) < len(texts):
-        warnings.warn(f"{len(texts) - len(items):,} of {len(texts):,} responses are empty: no score (null).", stacklevel=2)
+        warnings.warn(
+            f"{len(texts) - len(items):,} of {len(texts):,} responses are empty: no score (null).", stacklevel=2
+        )
     found: list[float | None] = [None] * len(texts)
     with torch.no_grad():
         for start in range(0, len(items), ROWS):

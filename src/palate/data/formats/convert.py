@@ -146,7 +146,9 @@ def check_target(where: str | Path, *, overwrite: bool = False) -> None:
         ConfigError: its name says that it is a table, and what is written is JSONL.
     """
     if Path(where).suffix.lower() in (".csv", ".tsv", ".parquet"):
-        raise ConfigError(f"{where}: what is written is JSONL, which this name would hide. Name it {Path(where).stem}.jsonl.")
+        raise ConfigError(
+            f"{where}: what is written is JSONL, which this name would hide. Name it {Path(where).stem}.jsonl."
+        )
     if str(where) != "-" and not overwrite and Path(where).expanduser().exists():
         raise DataError(f"{where} exists and is not overwritten. Name another file, or remove it first.")
 
