@@ -27,7 +27,7 @@ LENGTH_FREE = {"orpo", "simpo"}  # score a response by its mean log-probability,
 
 
 def experiment(data: Path, out: Path, methods: Sequence[str] = METHODS, limit: int | None = None) -> dict[str, Any]:
-    """Train each method and measure it on the held-out pairs; {method: {"before", "after", "pairs"}}."""
+    """Train each method and measure it on the held-out pairs; {method: {"before", "after"}}."""
     records = read_records(data / "preferences/politeness_ai.jsonl.gz", "comparisons", limit=limit)
     train, held_out = split_by_prompt(records, 0.2, 0)
     judgements = [
@@ -53,13 +53,14 @@ def experiment(data: Path, out: Path, methods: Sequence[str] = METHODS, limit: i
         )
         before = accuracy(model, model, held_out, method in LENGTH_FREE)
         after = accuracy(run / "model", model, held_out, method in LENGTH_FREE)
-        found[method] = {"before": before, "after": after, "pairs": len(held_out)}
-        print(f"{method:6} {before} -> {after}")
+        found[method] = {"before": before, "after": after}
+        shown = [f"{x['estimate']:.3f} [{x['low']:.3f}, {x['high']:.3f}]" for x in (before, after)]
+        print(f"{method:6} {shown[0]} -> {shown[1]}   ({after['pairs']} pairs)")
     (out / "accuracy.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     return found
 
 
-def accuracy(policy: Path, reference: Path, pairs: Sequence[Comparison], length_free: bool) -> Any:
+def accuracy(policy: Path, reference: Path, pairs: Sequence[Comparison], length_free: bool) -> dict[str, float]:
     """Share of pairs whose chosen response scores higher, ties one half; 95 % by resampling prompts."""
     import torch
 
@@ -84,7 +85,7 @@ def accuracy(policy: Path, reference: Path, pairs: Sequence[Comparison], length_
         lead = scores[batch.chosen] - scores[batch.rejected]
         right += ((lead > 0).float() + (lead == 0).float() / 2).tolist()
         prompts += [prompt_key(item.record.prompt)] * len(lead)
-    return cluster_bootstrap(right, prompts, share=True)
+    return cluster_bootstrap(right, prompts, share=True)._asdict() | {"pairs": len(right)}
 
 
 def main() -> None:
