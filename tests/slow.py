@@ -108,7 +108,7 @@ def dpo(w, r, beta, smoothing=0.0, probability=1.0):
 
 
 def robust_dpo(w, r, beta, flips, probability=1.0):
-    """Eq. 12 of the paper for the label and for the other label, each with its share."""
+    """The corrected loss of the label and of the other label, each with its share."""
 
     def one(d):
         return (-(1 - flips) * sigmoid_log(beta * d) + flips * sigmoid_log(-beta * d)) / (1 - 2 * flips)

@@ -81,7 +81,7 @@ class KTO:
     Attributes:
         beta: how fast the value saturates, > 0; 0.01 to 0.5.
         desirable_weight: of desirable responses, > 0. Where the classes are of unlike size, choose the two weights so that
-            desirable_weight * n_desirable / (undesirable_weight * n_undesirable) is from 1 to 4/3.
+            desirable_weight * n_desirable / (undesirable_weight * n_undesirable) is from 1 to about 4/3.
         undesirable_weight: of undesirable responses, > 0.
     """
 

@@ -3,7 +3,7 @@
     L = E [ ( h_w - (p - 1/2) / beta )^2 + ( h_l + (p - 1/2) / beta )^2 ],     h = log pi(y|x)/pi_ref(y|x)
 
 p is the probability that y_w is preferred; with p = 1, SPPO-hard, the targets are +-1/(2 beta). Each response has its own
-target, so that the chosen one must rise; log Z of the paper's update is taken as 0. The paper's eta is 1/beta.
+target, so that the chosen one must rise. The 1/2 is log Z of the paper's update, put at eta/2 as there; eta is 1/beta.
 
 Roles: policy (trained), reference (frozen). Data: comparisons. No sampling.
 Left out: the self-play (new samples and labels every round; make them with `palate sample` and train again); margins (refused).
