@@ -49,6 +49,11 @@ def batch_of(reads, seed=0):
     raise AssertionError(f"no batch for data of kind {reads!r}: add one here")
 
 
+def batch_for(method, seed=0):
+    """A batch of the method's kind, without the facts for which it says that it has no place."""
+    return replace(batch_of(method.reads, seed), **dict.fromkeys(getattr(method, "refuses", ())))
+
+
 def scalar_of(policy, seed=0, dtype=torch.float32):
     given = {k: v for k, v in policy.config.to_dict().items() if k not in ("id2label", "label2id")}
     settings = type(policy.config).from_dict(given | {"num_labels": 1, "pad_token_id": None})
@@ -139,7 +144,7 @@ class Samples:
 
 def run_of(method, models, folder, batch=None, validation=(), **settings):
     """A run over the groups of one batch, two at a time."""
-    source = Samples(batch_of(method.reads) if batch is None else batch)
+    source = Samples(batch_for(method) if batch is None else batch)
     defaults = {"learning_rate": 1e-2, "max_steps": 3, "batch_size": 2, "eval_every": 0, "save_every": 0}
     sampled = method.reads == "prompts"
     return Run(

@@ -1,6 +1,7 @@
 """Slow definitions in plain Python floats: what the papers' formulas say, one element at a time, without a tensor."""
 
 import math
+from decimal import Decimal, localcontext
 
 
 def sigmoid_log(x):
@@ -93,3 +94,82 @@ def difference_gradient(function, values, step=1e-6):
         down[i] -= step
         gradient.append((function(up) - function(down)) / (2 * step))
     return gradient
+
+
+# --- preferences: w and l are log-ratios (or mean log-probabilities) of the chosen and the rejected response ---------
+
+
+def sigmoid(x):
+    return math.exp(sigmoid_log(x))
+
+
+def dpo(w, r, beta, smoothing=0.0, probability=1.0):
+    return bradley_terry(beta * w, beta * r, probability=probability, smoothing=smoothing)
+
+
+def robust_dpo(w, r, beta, flips, probability=1.0):
+    """The corrected loss of the label and of the other label, each with its share."""
+
+    def one(d):
+        return (-(1 - flips) * sigmoid_log(beta * d) + flips * sigmoid_log(-beta * d)) / (1 - 2 * flips)
+
+    return probability * one(w - r) + (1 - probability) * one(r - w)
+
+
+def ipo(w, r, tau, probability=1.0):
+    return probability * (w - r - 1 / (2 * tau)) ** 2 + (1 - probability) * (r - w - 1 / (2 * tau)) ** 2
+
+
+def slic(w, r, beta, probability=1.0):
+    return probability * max(0.0, 1 - beta * (w - r)) + (1 - probability) * max(0.0, 1 - beta * (r - w))
+
+
+def simpo(w, r, beta, gamma, probability=1.0):
+    return -probability * sigmoid_log(beta * (w - r) - gamma) - (1 - probability) * sigmoid_log(beta * (r - w) - gamma)
+
+
+def log_odds(a):
+    """log(p / (1 - p)) of p = exp(a), in 60 digits."""
+    with localcontext() as context:
+        context.prec = 60
+        p = Decimal(a).exp()
+        return float((p / (1 - p)).ln())
+
+
+def orpo(w, r):
+    return -sigmoid_log(log_odds(w) - log_odds(r))
+
+
+def kto(h, kl, desirable, beta, good=1.0, bad=1.0):
+    return good - good * sigmoid(beta * (h - kl)) if desirable else bad - bad * sigmoid(beta * (kl - h))
+
+
+def r_dpo(w, r, extra_length, beta, alpha, probability=1.0):
+    lead = beta * (w - r) + alpha * extra_length
+    return -probability * sigmoid_log(lead) - (1 - probability) * sigmoid_log(-lead)
+
+
+def apo_zero(w, r, beta):
+    return 1 - sigmoid(beta * w) + sigmoid(beta * r)
+
+
+def apo_down(w, r, beta):
+    return sigmoid(beta * w) + 1 - sigmoid(beta * (w - r))
+
+
+def exo(w, r, beta, smoothing, probability=1.0):
+    """KL(q, p), over both outcomes."""
+    p = (1 - smoothing) * probability + smoothing * (1 - probability)
+    return sum(
+        math.exp(log_q) * (log_q - math.log(share))
+        for log_q, share in ((sigmoid_log(beta * (w - r)), p), (sigmoid_log(beta * (r - w)), 1 - p))
+    )
+
+
+def nca(w, r, beta):
+    return -sigmoid_log(beta * w) - sigmoid_log(-beta * w) / 2 - sigmoid_log(-beta * r) / 2
+
+
+def sppo(w, r, beta, probability=1.0):
+    target = (probability - 0.5) / beta
+    return (w - target) ** 2 + (r + target) ** 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -225,6 +226,33 @@ def test_rankings_train_every_reward_method(method: str, world: Path, tmp_path: 
         method, model=world / "base", data=world / "rankings.jsonl", out=tmp_path / method, training=QUICK, quiet=True
     )
     assert (run / "model" / "config.json").exists() and (run / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "orpo", "simpo"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_preferences_train_a_policy_directly(method: str, lora: bool, world: Path, tmp_path: Path) -> None:
+    pairs = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    judged = [{"prompt": x["prompt"], "response": x[side], "desirable": side == "chosen"} for x in pairs for side in x]
+    judged = [x for x in judged if x["response"] != x["prompt"]]
+    data = write(tmp_path / "judged.jsonl", judged) if method == "kto" else world / "pairs.jsonl"
+    settings = {"training": QUICK | {"learning_rate": 0.003}, "lora": lora, "quiet": True}
+    run = palate.train(method, model=world / "base", data=data, out=tmp_path / method, **settings)
+    assert (run / "model" / ("adapter_config.json" if lora else "config.json")).exists()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if line["split"] == "train")
+    known = {"dpo": math.log(2), "kto": 0.5}  # policy and reference are the same weights
+    assert method not in known or first["loss"] == pytest.approx(known[method], abs=1e-5)
+    assert any(line["split"] == "validation" and "reward/accuracy" in line for line in lines)
+
+
+def test_a_margin_is_refused_by_file_and_line_before_any_work(world: Path, tmp_path: Path) -> None:
+    pairs = [json.loads(line) for line in (world / "pairs.jsonl").read_text().splitlines()]
+    pairs[30]["margin"] = 1.5
+    data = write(tmp_path / "margins.jsonl", pairs)
+    with pytest.raises(DataError, match=r'margins.jsonl:31: .*"margin", and dpo has no place for it.*: reward\.'):
+        palate.train("dpo", model=world / "base", data=data, out=tmp_path / "x", quiet=True)
+    assert not (tmp_path / "x").exists()
+    palate.train("reward", model=world / "base", data=data, out=tmp_path / "y", training=QUICK, quiet=True)
 
 
 def test_lora_leaves_an_adapter_and_costs_no_reference(

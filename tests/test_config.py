@@ -356,6 +356,8 @@ def test_learning_rates_fall_with_size_and_rise_with_lora() -> None:
         (("policy",), "demonstrations"),
         (("reward",), "comparisons"),
         (("policy", "value"), "prompts"),
+        (("policy",), "comparisons"),
+        (("policy",), "judgements"),
     ):
         rates = [default_learning_rate(trains, reads, int(n)) for n in (1e5, 5e7, 5e8, 5e9, 1e11)]
         values = [rate.value for rate in rates]

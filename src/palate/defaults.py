@@ -46,7 +46,8 @@ _TABLES: dict[str, list[tuple[float, float, str]]] = {
         (1e7, 1e-4, "small models"),
         (1e8, 3e-5, "small models"),
         (1e9, 5e-6, "models of the size of GPT-2"),
-        (_INFINITY, 1e-6, "DPO"),
+        (7e9, 1e-6, "Rafailov et al. 2023, 2.8B and 6B"),
+        (_INFINITY, 5e-7, "Tunstall et al. 2023 (Zephyr), 7B"),
     ],
 }
 

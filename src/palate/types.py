@@ -268,6 +268,10 @@ class Method(Protocol):
 
     ``needs`` and ``trains`` name roles. ``reads`` names the records: "demonstrations", "comparisons", "rankings",
     "judgements" or "prompts"; a method that reads prompts is handed sampled ``Tokens``.
+
+    What a method may have besides: ``refuses``, names of facts about pairs ("margin", "probability") that its loss has no
+    place for; ``at_reference()``, what its metrics are while policy and reference are the same weights; ``adapt``,
+    ``stop`` and ``finished`` (docs/decisions/0002).
     """
 
     needs: tuple[str, ...]

@@ -31,12 +31,16 @@ def read_sides(config: RunConfig) -> Sides:
     """The records of ``data.train``, and of ``data.validation`` or a share of the prompts of ``data.train``.
 
     Raises:
-        DataError: a file is missing or malformed, or holds records of a kind that the method does not read.
+        DataError: a file is missing or malformed, holds records of a kind that the method does not read, or facts that
+            it has no place for.
     """
     data, kind = config.data, config.method.settings.reads
     train = _read(config, str(data.train), kind, data.limit)
+    _refuse_facts(config, train)
     if data.validation is not None:
-        return Sides(train, _read(config, data.validation, kind, None))
+        validation = _read(config, data.validation, kind, None)
+        _refuse_facts(config, validation)
+        return Sides(train, validation)
     return Sides(*split_by_prompt(train, data.validation_fraction, config.training.seed, by=data.split_by))
 
 
@@ -61,6 +65,22 @@ def _read(config: RunConfig, where: str, kind: str, limit: int | None) -> list[R
         raise DataError(
             f"{error}\n{config.method.name} reads {kind}, and {where} looks like {other}.{others}"
         ) from None
+
+
+def _refuse_facts(config: RunConfig, records: list[Record]) -> None:
+    """Before any work: the first record with a fact ("margin", "probability") that the method says it refuses."""
+    method = config.method
+    for fact in getattr(method.settings, "refuses", ()):
+        plain = {"margin": (None, 0), "probability": (None, 1)}[fact]
+        for record in records:
+            if isinstance(record, Comparison) and getattr(record, fact) not in plain:
+                known = {name: find_method(name).METHOD for name in method_names()}
+                readers = {name: each for name, each in known.items() if each.reads == "comparisons"}
+                fit = [name for name, each in readers.items() if fact not in getattr(each, "refuses", ())]
+                raise DataError(
+                    f'{record.source}: the comparison has a "{fact}", and {method.name} has no place for it. Remove '
+                    f"that field, or take a method that uses it: {', '.join(fit)}."
+                )
 
 
 def opening(record: Record, words: int) -> Record:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from palate.errors import ModelError
-from palate.types import Batch, Tokens
+from palate.types import Batch, Method, Tokens
 
 FIRST_LOOK = {"float32": 1e-5, "bfloat16": 1e-2}  # nats: rounding of one forward against another in this type
 
@@ -44,6 +44,25 @@ def check_same_reference(metrics: dict[str, float], dtype: str) -> None:
             f"Before the first step the policy should be its reference, but kl/reference_k3 is {kl:.4f} nats a "
             "sequence. Look for an adapter that is on in the reference, or other weights than the policy's."
         )
+
+
+def check_at_reference(method: Method, metrics: dict[str, float], dtype: str) -> None:
+    """Before the first step the policy is its reference: the method's own metrics are what it says they are then.
+
+    A method may say so by ``at_reference() -> dict[str, float]``, e.g. that its loss is log 2.
+
+    Raises:
+        ModelError: they are not: the reference has other weights, an adapter is on where it should be off, dropout.
+    """
+    wanted: dict[str, float] = getattr(method, "at_reference", dict)()
+    tolerance = 10 * FIRST_LOOK.get(dtype, 1e-2)  # a metric adds the rounding of many tokens
+    for name, value in wanted.items():
+        if not abs(metrics[name] - value) <= tolerance * max(1.0, abs(value)):  # NaN is not within it
+            raise ModelError(
+                f"Before the first step the policy should be its reference, and then {name} is {value:.6g}; found "
+                f"{metrics[name]:.6g}. Look for an adapter that is on in the reference, other weights than the "
+                "policy's, or dropout."
+            )
 
 
 def check_finite(loss: float, norms: dict[str, float], batch: Batch, folder: Path, step: int) -> None:

@@ -171,6 +171,8 @@ def _batch(
             this, norms = _accumulate(run, parameters, part, step, updates)
             if updates == 0 and epoch == 0:
                 guards.check_first_look(this, run.dtype)
+                if step == 0 and run.starts_at_reference:
+                    guards.check_at_reference(run.method, this, run.dtype)
             for name, value in this.items():
                 mean = Mean(torch.tensor(value), torch.tensor(1.0))
                 sums[name] = sums[name] + mean if name in sums else mean
@@ -255,8 +257,11 @@ def evaluate(run: Run) -> dict[str, float]:
     """The method's metrics on the validation items; of sampled responses with a fixed seed for methods that sample."""
     sums: dict[str, Mean] = {}
     size = run.settings.batch_size
-    for start in range(0, len(run.validation), size):
-        batch = _collect(run, run.validation[start : start + size], run.settings.seed, -1, start)
+    starts = list(range(0, len(run.validation), size))
+    if len(starts) > 1 and len(run.validation) - starts[-1] == 1:  # a method may compare an item with others
+        starts.pop()
+    for start, end in zip(starts, [*starts[1:], len(run.validation)], strict=True):
+        batch = _collect(run, run.validation[start:end], run.settings.seed, -1, start)
         batch = run.method.prepare(run.models, batch)
         found = dict(getattr(batch, "metrics", {}))
         if run.rollout is None:
