@@ -59,6 +59,8 @@ def line_chart(
         if level is not None:
             axes.axhline(level, color=_QUIET, lw=0.9, ls=(0, (4, 3)))
         axes.set_xlabel(across)
+        if all(float(step).is_integer() for curve in curves for step in curve.steps):
+            axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 1.5
         if len(curves) > 1:
             _legend(axes)
     return result[0]
@@ -98,7 +100,7 @@ def _draw(axes: Any, curve: Curve, colour: str) -> None:
     if curve.marked:
         axes.plot(steps, values, color=colour, lw=1.4, marker="o", ms=3.4, label=curve.label, zorder=3)
         return
-    smooth = running_mean(values, max(1, len(values) // 40))
+    smooth = running_mean(values, len(values) // 40)  # below 40 points: the values themselves
     if len(values) >= 40:
         axes.plot(steps, values, color=colour, lw=0.7, alpha=0.3)
     axes.plot(steps, smooth, color=colour, lw=1.7, label=curve.label, solid_capstyle="round")

@@ -20,13 +20,13 @@ class _Chart(NamedTuple):
 
 
 _CHARTS = (
-    _Chart("Loss", "nats", {"loss": "train"}),
+    _Chart("Loss", "", {"loss": "train"}),
     _Chart("Accuracy on pairs", "0.5 = chance", {"reward/accuracy": "train"}, 0.5),
     _Chart("Margin", "chosen minus rejected, reward units", {"reward/margin": "train"}),
-    _Chart("Score", "what the reward model says, reward units", {"score": "score"}),
+    _Chart("Score", "what the reward model says, reward units", {"score": "train"}),
     _Chart("Gold", "what the score stands for", {"score/gold": "gold", "gold": "gold"}),
-    _Chart("KL to the reference", "nats a sequence", {"kl/reference": "KL"}),
-    _Chart("Length", "tokens a response", {"length/response": "length"}),
+    _Chart("KL to the reference", "nats a sequence", {"kl/reference": "train"}),
+    _Chart("Length", "tokens a response", {"length/response": "train"}),
     _Chart("Entropy", "nats a token", {"entropy": "entropy"}),
     _Chart("KL to the sampling policy", "nats a token", {"kl/old": "KL"}),
     _Chart("Clip fraction", "share of tokens", {"clip_fraction": "clipped"}),

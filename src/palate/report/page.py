@@ -259,7 +259,8 @@ def _sample(sample: Sample, before: str, after: str) -> str:
 
 def _answer(who: str, text: str, score: float | None, mark: str) -> str:
     figure = "" if score is None else f'<b class="{mark}">{signed(score)}</b>'
-    return f'<div><div class="who"><span>{_text(who)}</span>{figure}</div><p>{_text(text)}</p></div>'
+    answer = f"<p>{_text(text)}</p>" if text.strip() else '<p class="none">(nothing)</p>'
+    return f'<div><div class="who"><span>{_text(who)}</span>{figure}</div>{answer}</div>'
 
 
 def _section(section: Section) -> str:
