@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,6 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a small part of everything")
     given = parser.parse_args(arguments)
+    if not given.data.is_dir():
+        sys.exit(f"{given.data}: no such folder. Give the data with --data; examples/README.md says what lies there.")
     out = given.out or Path("runs/hh-quick" if given.quick else "runs/hh")
     found = experiment(given.data, out, QUICK if given.quick else Size(), given.seed)
     for name, value in summary(found):

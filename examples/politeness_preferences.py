@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/politeness_preferences"))
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     given = parser.parse_args()
+    if not given.data.is_dir():
+        sys.exit(f"{given.data}: no such folder. Give the data with --data; examples/README.md says what lies there.")
     experiment(given.data, given.out, given.methods)
 
 

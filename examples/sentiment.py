@@ -10,7 +10,7 @@ and Gilbert 2014): a sentiment in [-1, 1], read off the continuation alone.
     python examples/sentiment.py                  # the whole experiment; the same command resumes it
     python examples/sentiment.py --quick          # a minute's worth of it
 
-Needs: pip install "palate[examples]", and the folder of data (--data) with ``lm/tinystories.jsonl.gz`` and
+Needs: pip install ".[examples]" in the checkout, and the folder of data (--data) with ``lm/tinystories.jsonl.gz`` and
 ``models/stories260k-hf``.
 """
 
@@ -63,7 +63,7 @@ def _vader() -> Any:
     try:
         from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
     except ImportError:
-        sys.exit('examples/sentiment.py needs the package vaderSentiment: pip install "palate[examples]"')
+        sys.exit('examples/sentiment.py needs the package vaderSentiment: pip install ".[examples]"')
     return SentimentIntensityAnalyzer()
 
 
@@ -212,6 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--batches", type=int, default=None, help="of PPO")
     parser.add_argument("--quick", action="store_true", help="a small part of everything")
     given = parser.parse_args(arguments)
+    if not given.data.is_dir():
+        sys.exit(f"{given.data}: no such folder. Give the data with --data; examples/README.md says what lies there.")
     size = QUICK if given.quick else Size()
     size = replace(size, batches=given.batches) if given.batches else size
     out = given.out or Path("runs/sentiment-quick" if given.quick else "runs/sentiment")

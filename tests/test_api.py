@@ -14,8 +14,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import palate
+from palate.config import load_config
 from palate.errors import ConfigError, DataError, ModelError, RunError
 from palate.models.load import save_model
+from palate.stage.roles import where_from
 from tiny import tiny, tokenizer_of
 
 LETTERS = "abcdefghijklmnop"
@@ -332,6 +334,7 @@ def test_a_new_model_from_settings(world: Path, tmp_path: Path) -> None:
         quiet=True,
     )  # fmt: skip
     assert yaml.safe_load((run / "config.yaml").read_text())["data"]["max_length"] == 32
+    assert where_from(load_config(file=run / "config.yaml")) == "new llama policy (hidden 16, 1 layer)"
     with pytest.raises(ConfigError, match="--tokenizer"):
         palate.train("sft", model=shape, data=world / "demos.jsonl", out=tmp_path / "newer", quiet=True)
 

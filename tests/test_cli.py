@@ -216,7 +216,18 @@ def test_check_shows_what_is_trained(base: Path, here: Path) -> None:
     assert row["trained"][-4:] == [True] * 4 and not any(row["trained"][:-4])
     assert [token.strip() for token in row["tokens"][-4:]] == ["c", "d", "e", "</s>"]
     assert found["findings"]  # twenty words cannot hold the sentence that the check tries: exit code 1
-    assert "of 6 tokens are trained" in palate("check", "-m", base, "-d", "demos.jsonl", "-n", 1, code=1).stdout
+    shown = palate("check", "-m", base, "-d", "demos.jsonl", "-n", 1, code=1).stdout
+    assert "of 6 tokens are trained" in shown
+    assert shown.count("[[") == shown.count("]]") == 2 and "c|" in shown.partition("[[")[2]  # no colours here: marks
+    assert "No chat template: string prompts are continued as plain text" in shown
+
+
+def test_check_names_the_kind_that_the_records_are(base: Path, here: Path) -> None:
+    Path("pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    assert (
+        "pairs.jsonl looks like comparisons. Give --kind comparisons."
+        in palate("check", "-m", base, "-d", "pairs.jsonl", code=1).stderr
+    )
 
 
 @pytest.mark.parametrize("name", method_names())
@@ -236,6 +247,13 @@ def test_explain_all_lists_the_settings_of_every_run() -> None:
     assert {"training", "data", "sampling", "lora", ""} == set(shared)
     assert "learning_rate" in [s["name"] for s in shared["training"]]
     assert "training.learning_rate" in palate("explain", "sft", "--all").stdout
+
+
+def test_explain_speaks_as_a_settings_file_does() -> None:
+    shown = palate("explain", "ppo", "--all").stdout
+    assert "method.whiten_advantages = true" in shown and "method.normalise_scores = false" in shown
+    assert "training.learning_rate = (chosen by method and model size)" in shown
+    assert "score_moments" not in shown and "``" not in shown  # state of the run, and markup
 
 
 def test_explain_takes_a_module_of_ones_own(here: Path) -> None:

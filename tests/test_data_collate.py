@@ -254,6 +254,13 @@ def test_a_ranking_loses_its_empty_response_and_is_kept(chat):
     assert items[0].ranks == (3, 2) and texts(chat, items[0]) == ["a", "b"]
 
 
+def test_the_account_names_what_was_given(chat):
+    ranking, pair = Ranking("Hi", ("a", "b"), (1, 2)), Comparison("Ho", "a", "b")
+    assert str(encode([ranking], "comparisons", chat)[1]).startswith("1 rankings read")
+    assert str(encode([pair], "comparisons", chat)[1]).startswith("1 comparisons read")
+    assert str(encode([ranking, pair], "comparisons", chat)[1]).startswith("2 comparisons and rankings read")
+
+
 def test_equal_texts_in_a_ranking_are_no_pair(chat):
     items, report = encode([Ranking("Hi", ("a", "a", "b"), (1, 2, 3), source="f:1")], "comparisons", chat)
     assert len(items[0].pairs) == 2 and items[0].pairs[0].weight == 0.5

@@ -216,6 +216,13 @@ def test_only_safetensors_and_json_are_written(tmp_path):
     assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".safetensors", ".json", ".jsonl"}
 
 
+def test_checkpoints_are_as_readable_as_other_files(tmp_path):
+    list(train(new_run(SFT(), tmp_path)))
+    (tmp_path / "other").touch()
+    modes = {path.stat().st_mode for path in (tmp_path / "checkpoints").glob("*/*")}
+    assert modes == {(tmp_path / "other").stat().st_mode}
+
+
 def test_optimizer_state_and_method_come_back_exactly(tmp_path):
     method = METHODS[2]
     list(train(run := new_run(method, tmp_path)))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,15 @@ def test_same_weights_same_bytes(tmp_path):
     for name in "ab":
         save_model(tiny(), tokenizer_of(), tmp_path / name)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def test_files_are_as_readable_as_the_umask_allows(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save_model(tiny(), tokenizer_of(), tmp_path / "m")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()} == {0o640}
 
 
 def test_the_chat_template_and_the_stop_ids_are_saved(tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from palate.errors import RunError
-from palate.evaluation.reward_model import Bin
+from palate.evaluation.reward_model import Bin, evaluate_reward_model
 from palate.report.charts import Curve, distribution_chart, line_chart, reliability_chart, running_mean
 from palate.report.metrics import curve, metric_charts, read_metrics
 from palate.report.page import (
@@ -189,6 +189,17 @@ def test_a_run_folder_becomes_a_page(tmp_path):
     for word in (tmp_path.name, "49 steps", "answer 0", "answer 49", "method: ppo", "held out"):
         assert word in text
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_reward_run_shows_how_it_was_judged(tmp_path):
+    folder = run_folder(tmp_path)
+    found = evaluate_reward_model([1.0, 2.0, 0.0], [0.0, 0.0, 1.0], chosen_length=[3, 1, 2], rejected_length=[1, 2, 3])
+    (folder / "evaluation.json").write_text(json.dumps(found.as_dict()))
+    text = read(report_run(folder).read_text())
+    for word in ("Held-out pairs", found.accuracy.percent(), "the longer one wins", f"{found.nll:.3f}", "of 3 pairs"):
+        assert word in text
+    (folder / "evaluation.json").write_text(json.dumps(found.as_dict() | {"length": None}))
+    assert "the longer one wins" not in read(report_run(folder).read_text())
 
 
 def test_samples_of_different_prompts_are_listed_first_and_last():

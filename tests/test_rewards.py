@@ -31,7 +31,8 @@ from palate.models.rewards import (
     find_function,
     load_reward,
 )
-from palate.types import Tokens
+from palate.stage.roles import bill
+from palate.types import Models, Tokens
 from tiny import rows, tiny, tokenizer_of
 
 PAIRS = [("a b", "c d e"), ("a b", "f"), ("g h i", "j k l m n o p a b c"), ("p", "o n")]
@@ -456,3 +457,11 @@ def test_settings_of_every_shape_make_rewards(tmp_path, monkeypatch, chat, forei
 def test_a_spec_that_makes_no_sense_is_a_config_error(chat, spec, message):
     with pytest.raises(ConfigError, match=message):
         load_reward(spec, chat)
+
+
+def test_the_bill_counts_the_models_in_a_sum_once(chat):
+    one, other = tiny(seed=1), tiny(seed=2)
+    inner = WeightedReward({"one": (one, 1.0), "words": (FunctionReward(lambda p, r: [0.0] * len(p), chat), 1.0)})
+    line = bill(Models(reward=WeightedReward({"inner": (inner, 1.0), "one": (one, 0.5), "two": (other, 1.0)})), ())[0]
+    assert line.parameters == sum(p.numel() for model in (one, other) for p in model.parameters())
+    assert (line.trained, line.dtype, line.weights) == (0, "float32", 4 * line.parameters)

@@ -17,6 +17,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from palate.method_docs import Explanation, Setting
     from palate.texts import Checked
+    from palate.texts.looking import ShownRow
 
 WIDE = 110  # columns of a terminal in which a table of four columns can be read
 
@@ -133,25 +134,37 @@ def _methods_table(found: Sequence[Explanation]) -> Table:
 
 
 def print_check(found: Checked) -> None:
-    """Tokens: green = trained, dim = seen and masked. A space is shown as it is, a line break as its sign."""
+    """Tokens: green = trained, dim = seen and masked; without colours, [[trained]]. A line break is shown as its sign."""
     out = Console(highlight=False)
+    plain = out.color_system is None or out.no_color
     if found.report:
         out.print(found.report, markup=False)
     for row in found.rows:
         out.print(
             f"\n{row.source}: {sum(row.trained)} of {len(row.trained)} tokens are trained", style="bold", markup=False
         )
-        line = Text()
-        for token, trained in zip(row.tokens, row.trained, strict=True):
-            line.append(token.replace("\n", "⏎\n"), style="black on green" if trained else "dim")
-            line.append("|" if not token.endswith("\n") else "", style="dim")
-        out.print(line, soft_wrap=True)
+        out.print(_tokens(row, plain), soft_wrap=True)
     if found.rows:
-        out.print(Text.assemble("\n", ("trained", "black on green"), "  ", ("masked: seen, not trained", "dim")))
+        trained = "[[trained]]" if plain else "trained"
+        out.print(Text.assemble("\n", (trained, "black on green"), "  ", ("masked: seen, not trained", "dim")))
     for finding in found.findings:
         out.print(f"found: {finding}", style="yellow", markup=False)
-    if not found.findings:
+    if not found.template:
+        text = "No chat template: string prompts are continued as plain text, nothing in between."
+        out.print(text, soft_wrap=True)
+    elif not found.findings:
         out.print("The chat template and the stop token are in order.", style="green")
+
+
+def _tokens(row: ShownRow, plain: bool) -> Text:
+    line = Text()
+    before, after = [False, *row.trained[:-1]], [*row.trained[1:], False]
+    for token, trained, was, will_be in zip(row.tokens, row.trained, before, after, strict=True):
+        line.append("[[" if plain and trained and not was else "")
+        line.append(token.replace("\n", "⏎\n"), style="black on green" if trained else "dim")
+        line.append("]]" if plain and trained and not will_be else "")
+        line.append("|" if not token.endswith("\n") else "", style="dim")
+    return line
 
 
 def progress_line(what: str) -> Callable[[int, int], None]:

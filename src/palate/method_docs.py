@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 _SECTION = re.compile(r"^(Args|Arguments|Attributes|Settings|Fields|Parameters):\s*$")
 _OTHER_SECTION = re.compile(r"^(Returns|Raises|Yields|Examples?|Notes?|Sources?|Roles|Data)\b.*:\s*")
+# What a description says of a field, besides its meaning.
+_CHOSEN = re.compile(r"\b(chosen by [^;.]+) unless set\b")  # the default in the code is only a place holder
+_STATE = "part of the run's state"  # kept with the settings, set by nobody
 _ENTRY = re.compile(r"^(\*{0,2}\w+(?:\s*,\s*\*{0,2}\w+)*)(?:\s*\([^)]*\))?:\s+(\S.*)$")
 
 
@@ -28,6 +31,10 @@ class Setting(NamedTuple):
     def default_text(self) -> str:
         if self.default is dataclasses.MISSING:
             return "(must be given)"
+        if chosen := _CHOSEN.search(self.text):
+            return f"({chosen[1]})"
+        if isinstance(self.default, bool):
+            return str(self.default).lower()
         return "null" if self.default is None else repr(self.default) if self.default == "" else str(self.default)
 
     def to_dict(self) -> dict[str, Any]:
@@ -64,7 +71,7 @@ class Explanation(NamedTuple):
 def explain(module: ModuleType) -> Explanation:
     """Read a method's module (see ``lookup.find_method``)."""
     method = module.METHOD
-    text = inspect.cleandoc(module.__doc__ or "(no description)")
+    text = _without_markup(inspect.cleandoc(module.__doc__ or "(no description)"))
     return Explanation(
         name=module.__name__.removeprefix("palate.methods."),
         title=" ".join(text.partition("\n\n")[0].split()),
@@ -81,19 +88,25 @@ def settings_of(cls: Any, module: ModuleType | None = None) -> list[Setting]:
 
     A description is looked for in this order: the class docstring's ``Attributes:`` (or ``Args:``) section; a comment
     beside the field; the ``Args:`` section of a public function of ``module`` that takes an
-    argument of the same name (``beta`` of ``dpo_loss`` explains ``DPO.beta``).
+    argument of the same name (``beta`` of ``dpo_loss`` explains ``DPO.beta``). A field that is "part of the run's
+    state" is no setting.
     """
     described = {**_function_docs(module), **_comments(cls), **docstring_entries(cls.__doc__)}
     found = []
     for field in dataclasses.fields(cls):
-        if not field.init:
+        if not field.init or _STATE in described.get(field.name, ""):
             continue
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         type_name = field.type if isinstance(field.type, str) else inspect.formatannotation(field.type)
-        found.append(Setting(field.name, type_name, default, described.get(field.name, "")))
+        found.append(Setting(field.name, type_name, default, _without_markup(described.get(field.name, ""))))
     return found
+
+
+def _without_markup(text: str) -> str:
+    """A docstring's ``code`` as people read it."""
+    return text.replace("``", "`")
 
 
 def docstring_entries(doc: str | None) -> dict[str, str]:

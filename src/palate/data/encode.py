@@ -97,7 +97,7 @@ def encode_records(
     check_kind(kind)
     check_lengths(max_length, None if kind == "prompts" else max_prompt_length, truncate)
     _check_types(records, kind)
-    report = EncodeReport(kind, read=len(records))
+    report = EncodeReport(kind, read=len(records), given=_given(records, kind))
     if kind == "prompts":
         limit = min(max_length, max_prompt_length or max_length)
         items = list(_prompt_items(records, chat, limit, truncate, report))
@@ -335,6 +335,14 @@ def _prompt_items(
             report.kept += 1
             row = Row(np.array(ids, dtype=np.int32), np.zeros(len(ids), dtype=np.bool_), record.source, finished=False)
             yield Item((row,), record=record)
+
+
+def _given(records: Sequence[Record], kind: str) -> str:
+    """What the records are called, for the report."""
+    if kind != "comparisons":
+        return kind
+    ranked = sum(isinstance(record, Ranking) for record in records)
+    return "rankings" if ranked == len(records) else "comparisons and rankings" if ranked else kind
 
 
 def _count(items: Sequence[Item], report: EncodeReport) -> None:

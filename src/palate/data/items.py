@@ -76,6 +76,7 @@ class EncodeReport:
         dropped: for each reason the sources of the records that were dropped.
         thinned: for each reason the sources of records that lost a response or a pair and were kept.
         warnings: what makes these records unfit as a whole, e.g. judgements of one class only.
+        given: what they are called where that is not ``kind``: comparisons may be made of rankings.
     """
 
     kind: str
@@ -92,6 +93,7 @@ class EncodeReport:
     dropped: dict[str, list[str]] = field(default_factory=dict)
     thinned: dict[str, list[str]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    given: str = ""
 
     def drop(self, reason: str, source: str) -> None:
         self.dropped.setdefault(reason, []).append(source)
@@ -116,7 +118,7 @@ class EncodeReport:
         pairs = f"{self.pairs:,} pairs, " if self.kind == "comparisons" else ""
         rows = f"{self.rows:,} responses, " if self.kind != "prompts" else ""
         lines = [
-            f"{self.read:,} {self.kind} read, {self.kept:,} kept: {self.items:,} prompts, {rows}{pairs}{self.tokens:,} tokens."
+            f"{self.read:,} {self.given or self.kind} read, {self.kept:,} kept: {self.items:,} prompts, {rows}{pairs}{self.tokens:,} tokens."
         ]
         cut = [
             (self.truncated_prompt, "prompts cut at the beginning"),

@@ -205,7 +205,7 @@ class PPO:
         metrics |= rollout_metrics(batch, logprobs, reference, scored.scores)
         metrics |= {
             "reward/total": Mean.of(torch.where(mask, rewards, 0).sum(-1)),
-            "kl/coef": Mean.of(torch.tensor(self.kl_coef)),
+            "kl/coef": Mean.of(torch.tensor(self.kl_coef, dtype=torch.float64)),
             "value/explained_variance": Mean.of(explained_variance(values[mask], returns[mask])),
         }
         return Trajectories(batch, logprobs, reference, advantages, scored.scores, values, returns, metrics)
@@ -282,7 +282,7 @@ class PPO:
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
-    """1 - Var(G - V)/Var(G): 1 = the value model knows the return, 0 = no better than a constant; 0 where Var(G) is."""
+    """1 - Var(G - V)/Var(G): 1 = the value model knows the return, 0 = no better than a constant, or where Var(G) is 0."""
     variance = returns.var(unbiased=False)
     return torch.where(variance > 0, 1 - (returns - values).var(unbiased=False) / variance.clamp(min=1e-12), 0)
 

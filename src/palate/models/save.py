@@ -133,6 +133,7 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         shutil.rmtree(saving, ignore_errors=True)
         saving.mkdir(parents=True)
         yield saving
+        with_usual_modes(saving)
         _to_disk(saving)
         shutil.rmtree(replaced, ignore_errors=True)
         if folder.exists():
@@ -148,6 +149,15 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         _put_back(replaced, folder)
         shutil.rmtree(saving, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def with_usual_modes(folder: Path) -> None:
+    """Every file as readable as the umask allows: safetensors writes files that nobody but their owner can read."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def _put_back(replaced: Path, folder: Path) -> None:

@@ -78,11 +78,12 @@ def _record(recipe: Recipe, name: str) -> dict[str, Any]:
 
 
 def _lead(compared: dict[str, Any], examined: dict[str, Any], ceiling: float | None) -> str:
-    of = "" if ceiling is None else f" of {100 * ceiling:.1f} % that anybody could reach"
+    noise = "" if ceiling is None else f"; their noise allows {100 * ceiling:.1f} %"
     text = (
         f"On {compared['prompts']} prompts that it never saw, the model after reinforcement learning is preferred to the one "
         f"before in {100 * compared['win_rate'][0]:.0f} % of answers, at {compared['kl'][0]:.1f} nats from it. "
-        f"Its reward model agrees with held-out annotators on {100 * examined['accuracy']['estimate']:.1f} %{of}."
+        f"Its reward model agrees with the annotators on {100 * examined['accuracy']['estimate']:.1f} % of held-out "
+        f"pairs{noise}."
     )
     return text.replace(" %", "\N{NO-BREAK SPACE}%")
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import html
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from palate.errors import RunError
+from palate.evaluation.statistics import Interval
 from palate.report.metrics import metric_charts, read_metrics
 
 
@@ -139,7 +141,7 @@ def report_run(folder: str | Path, *, samples: int = 6) -> Path:
         samples=pairs,
         before="First samples",
         after="Last samples",
-        sections=[*sections, Section("Curves", charts=charts, more_charts=more, settings=settings)],
+        sections=[*_held_out(folder), *sections, Section("Curves", charts=charts, more_charts=more, settings=settings)],
         alarms=[_alarm(alarm) for alarm in read_metrics(folder / "alarms.jsonl")],
     )
     return write_page(page, folder / "report.html")
@@ -169,6 +171,21 @@ def first_and_last(lines: Sequence[dict[str, Any]], n: int) -> Table:
             score = signed(line["score"]) if "score" in line else ""
             rows.append((str(step), _prompt_text(line.get("prompt", "")), line["response"], score))
     return Table(["step", "prompt", "response", "score"], rows, numbers=["step", "score"])
+
+
+def _held_out(folder: Path) -> list[Section]:
+    """How a reward run was judged on held-out pairs (``evaluation.json``); none for other runs."""
+    where = folder / "evaluation.json"
+    if not where.exists():
+        return []
+    found = json.loads(where.read_text(encoding="utf-8"))
+    rows = [("accuracy", Interval(**found["accuracy"]).percent(), f"of {found['pairs']} pairs; 95 % interval")]
+    if found["length"]:
+        longer = Interval(**found["length"]["longer_wins"]).percent()
+        rows.append(("the longer one wins", longer, "what counting tokens reaches on them"))
+    rows.append(("negative log-likelihood", f"{found['nll']:.3f}", "nats a pair; knowing nothing is 0.693"))
+    rows.append(("calibration error", f"{found['ece']:.3f}", "0 = means what it says"))
+    return [Section("Held-out pairs", table=Table(["", "value", "what"], rows, numbers=["value"]))]
 
 
 _LAST = {

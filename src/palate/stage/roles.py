@@ -11,7 +11,7 @@ from palate.config import RunConfig
 from palate.data.chat import Chat
 from palate.errors import ConfigError, ModelError
 from palate.models.load import load_policy, load_scalar, new_policy
-from palate.models.rewards import load_reward
+from palate.models.rewards import WeightedReward, load_reward
 from palate.models.roles import AdapterOff, reference_of
 from palate.types import Models
 
@@ -44,6 +44,16 @@ def _placed(model: nn.Module, config: RunConfig) -> nn.Module:
     elif config.dtype == "mixed":
         model.compute_dtype = torch.bfloat16  # type: ignore[assignment]
     return model.to(config.device).train(False)
+
+
+def where_from(config: RunConfig) -> str:
+    """What becomes of ``config.model``, in words: "new llama policy (hidden 96, 2 layers)", "loading policy from ..."."""
+    if not isinstance(config.model, dict):
+        return f"loading {trained_role(config)} from {config.model}"
+    fields = config.model
+    hidden = fields.get("hidden_size", fields.get("n_embd", "as usual"))
+    layers = fields.get("num_hidden_layers", fields.get("n_layer", "the usual"))
+    return f"new {fields.get('architecture')} policy (hidden {hidden}, {layers} layer{'s' * (layers != 1)})"
 
 
 def load_roles(config: RunConfig, trained: nn.Module, chat: Chat) -> Models:
@@ -110,12 +120,17 @@ def bill(models: Models, trains: tuple[str, ...]) -> list[Role]:
         elif isinstance(model, nn.Module):
             lines.append(_line(role, type(_inner(model)).__name__, model, role in trains))
         elif model is not None:
-            inside = getattr(model, "model", None)
             name = f"{type(model).__name__} {getattr(model, 'name', '')}".strip()
-            lines.append(
-                _line(role, name, inside, False) if isinstance(inside, nn.Module) else Role(role, name, 0, 0, "", 0, 0)
-            )
+            lines.append(_line(role, name, nn.ModuleList(_models_in(model)), False))
     return lines
+
+
+def _models_in(reward: Any) -> list[nn.Module]:
+    """The models that a reward asks: none of a function, its own of a classifier, those of its parts of a sum."""
+    if isinstance(reward, WeightedReward):
+        return [model for part, _ in reward.rewards.values() for model in _models_in(part)]
+    model = reward if isinstance(reward, nn.Module) else getattr(reward, "model", None)
+    return [model] if isinstance(model, nn.Module) else []
 
 
 def _inner(model: Any) -> Any:

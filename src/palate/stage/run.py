@@ -29,7 +29,7 @@ from palate.stage.chats import chat_of
 from palate.stage.fingerprint import check_data
 from palate.stage.progress import speaker, watched
 from palate.stage.records import Sides, encode_sides, pretraining_items, read_sides
-from palate.stage.roles import bill, load_roles, load_trained, trained_role
+from palate.stage.roles import bill, load_roles, load_trained, trained_role, where_from
 from palate.stage.trackers import check_trackers, open_trackers
 from palate.training.loop import Run, train
 from palate.training.rollouts import Rollout
@@ -133,7 +133,7 @@ def load_stage(config: RunConfig, say: Say) -> Stage:
 
     for warning in caught:
         noted(str(warning.message))
-    say(f"loading {trained_role(config)} from {config.model}")
+    say(where_from(config))
     if config.method.settings.reads == "prompts":
         _say_what_truncates(config, say)
     model = load_trained(config, tokenizer)

@@ -63,7 +63,8 @@ def _need(module: str, package: str) -> Any:
 
 def _not_installed(package: str) -> ConfigError:
     return ConfigError(
-        f"trackers: {package} is not installed. Install it with: pip install {package}   (or palate[trackers])"
+        f"trackers: {package} is not installed. Install it with: pip install {package}   "
+        '(all trackers, in the checkout: pip install ".[trackers]")'
     )
 
 

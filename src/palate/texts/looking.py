@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 from palate.data.chat import Chat
 from palate.data.collate import encode_records
-from palate.data.records import read_records
+from palate.data.records import Record, read_records
+from palate.errors import DataError
 from palate.models.load import load_tokenizer
 from palate.stage.chats import chat_of
+from palate.stage.records import kind_of
 from palate.texts.common import LONGEST
 
 
@@ -24,12 +26,16 @@ class ShownRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Checked:
-    """What ``check_tokens`` found; ``findings`` is empty where all is well."""
+    """What ``check_tokens`` found; ``findings`` is empty where all is well.
+
+    ``template`` is False where string prompts are continued as plain text.
+    """
 
     findings: list[str]
     report: str = ""
     counts: Mapping[str, Any] = field(default_factory=dict)
     rows: Sequence[ShownRow] = ()
+    template: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -58,11 +64,21 @@ def check_tokens(
     chat = chat_of(model, load_tokenizer(model), chat_template)
     findings = chat.check()
     if data is None:
-        return Checked(findings)
-    records = read_records(data, kind, format=format, limit=limit)
+        return Checked(findings, template=chat.template is not None)
+    records = _read(data, kind, format, limit)
     items, report = encode_records(records, kind, chat, max_length=max_length or _context(model))
     shown = [_shown(row, chat) for item in items[:count] for row in item.rows]
-    return Checked(findings + report.warnings, str(report), report.counts(), shown)
+    return Checked(findings + report.warnings, str(report), report.counts(), shown, chat.template is not None)
+
+
+def _read(where: str, kind: str, format: str, limit: int | None) -> list[Record]:
+    try:
+        return read_records(where, kind, format=format, limit=limit)
+    except DataError as error:
+        other = None if where == "-" else kind_of(where, format=format, but=kind)
+        if other is None:
+            raise
+        raise DataError(f"{error}\n{where} looks like {other}. Give --kind {other}.") from None
 
 
 def _context(model: str) -> int:

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from palate.errors import RunError
+from palate.models.save import with_usual_modes
 from palate.types import Method
 
 Parameters = Mapping[str, Mapping[str, nn.Parameter]]
@@ -44,6 +45,7 @@ def save_checkpoint(
         checksums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
         text = json.dumps({"step": step, **state, "checksums": checksums}, indent=1)
         (temporary / "state.json").write_text(text, encoding="utf-8")
+        with_usual_modes(temporary)
         for file in temporary.iterdir():
             _to_disk(file)
         if target.exists():  # it could not be read, or the run would not be here again

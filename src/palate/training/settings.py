@@ -13,7 +13,7 @@ class TrainingSettings:
     """How long, how fast, how often.
 
     Attributes:
-        learning_rate: peak step size of AdamW; > 0.
+        learning_rate: peak step size of AdamW; > 0; chosen by method and model size unless set.
         value_learning_rate: the value model's, for methods that train one; None = ``learning_rate``.
         schedule: "cosine" (to ``final_learning_rate``), "linear", or "constant", after the warm-up.
         warmup: steps of linear warm-up; a number below 1 is a share of all steps.
