@@ -18,6 +18,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from palate.cli_feedback import register, sample_candidates
+from palate.cli_label import label
 from palate.errors import ConfigError, PalateError
 
 _RESUMABLE = ("train", "run")
@@ -177,14 +179,23 @@ def _last_metrics(folder: Path) -> dict[str, Any]:
 
 @app.command()
 def sample(
-    model: Model,
+    model: Annotated[list[str], typer.Option("--model", "-m", help="Folder or hub name; with --k may be repeated.")],
     data: Annotated[str | None, typer.Option("--data", "-d", help="Prompts: file, hub name, or - for stdin.")] = None,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
     out: Annotated[str, typer.Option("--out", "-o", help="JSONL file, or - for standard output.")] = "-",
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Responses for each prompt.")] = 1,
+    k: Annotated[
+        int | None, typer.Option("--k", min=1, max=9, help="Different responses for each prompt, to be judged.")
+    ] = None,
+    store: Annotated[
+        Path | None, typer.Option("--store", help="With --k: put them into this store of feedback.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", "-t", help="Of a store that is made: YAML file or template.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     min_new_tokens: Annotated[int, typer.Option(min=0)] = 0,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 = greedy.")] = 1.0,
+    temperature: Annotated[str, typer.Option(help="0 = greedy. With --k several: 0.7,1.0.")] = "1.0",
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="0 = all tokens.")] = 0,
     seed: Seed = 0,
@@ -194,20 +205,48 @@ def sample(
     dtype: Annotated[str, DTYPE] = "float32",
     device: Annotated[str, DEVICE] = "auto",
     overwrite: Force = False,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Sample responses: one JSON line {"prompt", "response", "finished"} for each, in the order of the prompts."""
+    """Sample responses: one JSON line {"prompt", "response", "finished"} for each, in the order of the prompts.
+
+    With --k: so many different responses to each prompt, from one model or several, each with its origin, for people to
+    judge: {"prompt", "responses", "sources"} lines, or items of a --store. The same command resumes.
+    """
     from palate.texts import check_target, read_prompts, sample_records, write_lines
 
     if (data is None) == (not prompt):
         raise ConfigError("give prompts by --data FILE (or -) or by --prompt TEXT, and not both.")
-    check_target(out, overwrite=overwrite)
+    if store is None:
+        check_target(out, overwrite=overwrite)
     prompts: list[Any] = list(prompt or ()) or read_prompts(str(data), format=format, limit=limit)
-    decoding = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "temperature": temperature}
+    decoding: dict[str, Any] = {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
     decoding |= {"top_p": top_p, "top_k": top_k}
+    if k is not None or store is not None:
+        if samples != 1:
+            raise ConfigError("--samples counts every response, --k different ones. Give one of them.")
+        sample_candidates(
+            model,
+            prompts,
+            out,
+            store=store,
+            task=task,
+            k=4 if k is None else k,
+            temperatures=temperature,
+            decoding=decoding,
+            seed=seed,
+            chat_template=chat_template,
+            dtype=dtype,
+            device=device,
+            overwrite=overwrite,
+            as_json=as_json,
+        )
+        return
+    if len(model) != 1 or "," in temperature or as_json or task is not None:
+        raise ConfigError("several models or temperatures, --task and --json go with --k.")
     records = sample_records(
-        model,
+        model[0],
         prompts,
-        decoding=decoding,
+        decoding=decoding | {"temperature": _number(temperature)},
         samples_per_prompt=samples,
         seed=seed,
         chat_template=chat_template,
@@ -216,6 +255,13 @@ def sample(
         progress=_progress("sampling"),
     )
     write_lines(out, records, overwrite=overwrite)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"temperature {text!r}: expected a number >= 0.") from None
 
 
 @app.command()
@@ -402,6 +448,10 @@ def check(
         print_check(found)
     if found.findings:
         raise typer.Exit(1)
+
+
+register(label)
+app.add_typer(label, name="label")
 
 
 def _print_json(value: Any) -> None:

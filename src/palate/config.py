@@ -38,7 +38,8 @@ class DataSettings:
     """Where the records are and how much of each is kept.
 
     Attributes:
-        train: a file (.jsonl, .jsonl.gz, .json, .parquet, .csv), a folder, a hub name, or "-" for standard input.
+        train: a file (.jsonl, .jsonl.gz, .json, .parquet, .csv), a store of feedback (feedback.db), a folder, a hub name,
+            or "-" for standard input.
         validation: the same, or None: then ``validation_fraction`` of the prompts of ``train`` are held out.
         pretraining: text for PPO's pre-training mix (``method.ptx_coef``), read like demonstrations; None = none.
         validation_fraction: share of the prompts held out, in [0, 1); a prompt is never on both sides.
@@ -49,6 +50,8 @@ class DataSettings:
         limit: read at most so many records; None = all.
         max_length: tokens of prompt and response together; None = what the model can hold, 1024 at most.
         max_prompt_length: tokens of the prompt; None = whatever the response leaves free.
+        labels: of a store of feedback (feedback.db), what comparisons are made of: "each" = every annotator's own answer,
+            "consensus" = one for each pair, with the probability that the annotator-aware model gives it.
         prompt_words: of prompts that are plain text, keep the first so many words (the opening of a text that the policy
             goes on with); None = all. For methods that read prompts.
         truncate: what is cut of a record that is too long: "left_prompt" = the prompt's beginning, then the response's
@@ -69,6 +72,7 @@ class DataSettings:
     limit: int | None = None
     max_length: int | None = None
     max_prompt_length: int | None = None
+    labels: Literal["each", "consensus"] = "each"
     prompt_words: int | None = None
     truncate: Literal["left_prompt", "right", "drop"] = "left_prompt"
     chat_template: str | None = None

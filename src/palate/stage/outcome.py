@@ -30,6 +30,7 @@ from palate.types import Comparisons, Tokens, moved
 SHOWN = 8  # prompts whose responses are kept from before and after
 NORMALISED_ON = 512  # responses that say where a reward's 0 and 1 are
 ROWS = 64  # a batch of scoring
+UNRECORDED = "not recorded; say here who judged, and how, before you share this model"
 
 
 def reference_responses(
@@ -141,8 +142,17 @@ def write_samples(folder: Path, before: Sequence[Mapping[str, Any]], after: Sequ
     write_text(folder / "samples.jsonl", "".join(lines))
 
 
-def card(config: RunConfig, sections: Mapping[str, str], last: Mapping[str, Mapping[str, Any]]) -> str:
-    """``card.md``: what was made, from what, by which command, with which versions, and how it came out."""
+def card(
+    config: RunConfig,
+    sections: Mapping[str, str],
+    last: Mapping[str, Mapping[str, Any]],
+    origins: Sequence[str] = (),
+) -> str:
+    """``card.md``: what was made, from what, by which command, with which versions, and how it came out.
+
+    Args:
+        origins: of records out of a store of feedback: which events, whose answers; empty = not recorded.
+    """
     method = config.method
     lines = [
         f"# {config.run_name}",
@@ -153,7 +163,7 @@ def card(config: RunConfig, sections: Mapping[str, str], last: Mapping[str, Mapp
         "",
         f"- trained on: `{config.data.train}` ({method.settings.reads})",
         f"- held out: {f'`{config.data.validation}`' if config.data.validation else _share(config)}",
-        "- where the labels are from: not recorded; say here who judged, and how, before you share this model",
+        *(f"- where the labels are from: {origin}" for origin in origins or (UNRECORDED,)),
         "",
         "## Models",
         "",

@@ -12,7 +12,8 @@ from palate.data.chat import Chat
 from palate.data.collate import Item, NothingLeft, encode_records
 from palate.data.ranking import comparison_to_ranking, split_by_prompt
 from palate.data.records import Comparison, Prompt, Record, read_records
-from palate.errors import DataError
+from palate.errors import ConfigError, DataError
+from palate.feedback.learned import Learned, is_store, learn
 from palate.lookup import find_method, method_names
 
 Say = Callable[[str], None]
@@ -27,25 +28,41 @@ class Sides(NamedTuple):
     validation: list[Any]
 
 
-def read_sides(config: RunConfig) -> Sides:
+def _unsaid(text: str) -> None:
+    pass
+
+
+def read_sides(config: RunConfig, origin: Say = _unsaid) -> Sides:
     """The records of ``data.train``, and of ``data.validation`` or a share of the prompts of ``data.train``.
 
+    Args:
+        origin: told, for each store of feedback, which of its events the records are from.
     Raises:
         DataError: a file is missing or malformed, holds records of a kind that the method does not read, or facts that
             it has no place for.
     """
     data, kind = config.data, config.method.settings.reads
-    train = _read(config, str(data.train), kind, data.limit)
+    if data.labels != "each" and not is_store(str(data.train)):
+        raise ConfigError(
+            f"data.labels={data.labels}: {data.train} is no store of feedback, whose answers could be put together."
+        )
+    train = _read(config, str(data.train), kind, data.limit, origin)
     _refuse_facts(config, train)
     if data.validation is not None:
-        validation = _read(config, data.validation, kind, None)
+        validation = _read(config, data.validation, kind, None, origin)
         _refuse_facts(config, validation)
         return Sides(train, validation)
     return Sides(*split_by_prompt(train, data.validation_fraction, config.training.seed, by=data.split_by))
 
 
-def _read(config: RunConfig, where: str, kind: str, limit: int | None) -> list[Record]:
+def _read(config: RunConfig, where: str, kind: str, limit: int | None, origin: Say) -> list[Record]:
     data = config.data
+    if is_store(where):
+        learned = _learn(config, where, kind, limit)
+        origin(learned.origin)
+        return (
+            learned.records if data.prompt_words is None else [opening(r, data.prompt_words) for r in learned.records]
+        )
     try:
         records = read_records(
             where, kind, format=data.format, split=data.split, limit=limit, rename=data.rename or None
@@ -65,6 +82,16 @@ def _read(config: RunConfig, where: str, kind: str, limit: int | None) -> list[R
         raise DataError(
             f"{error}\n{config.method.name} reads {kind}, and {where} looks like {other}.{others}"
         ) from None
+
+
+def _learn(config: RunConfig, where: str, kind: str, limit: int | None) -> Learned:
+    """The records of a store of feedback; settings of files say nothing about it."""
+    data = config.data
+    given = {"format": data.format != "auto", "rename": bool(data.rename), "split": data.split != "train"}
+    for name, set_ in given.items():
+        if set_:
+            raise ConfigError(f"data.{name}: {where} is a store of feedback, not a file of records. Leave it out.")
+    return learn(where, kind, labels=data.labels, limit=limit)
 
 
 def _refuse_facts(config: RunConfig, records: list[Record]) -> None:

@@ -48,6 +48,7 @@ class Stage(NamedTuple):
     pretraining: list[Item]
     conversations: bool  # some prompt is a conversation
     account: list[str]  # what was read, cut and dropped, for the card
+    origins: list[str]  # of records out of a store of feedback: which events, whose answers
 
     @property
     def trained(self) -> nn.Module:
@@ -124,7 +125,8 @@ def load_stage(config: RunConfig, say: Say) -> Stage:
         say(f"chat template: {finding}")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
-        sides = read_sides(config)
+        origins: list[str] = []
+        sides = read_sides(config, origins.append)
     account: list[str] = []
 
     def noted(text: str) -> None:
@@ -133,6 +135,8 @@ def load_stage(config: RunConfig, say: Say) -> Stage:
 
     for warning in caught:
         noted(str(warning.message))
+    for origin in origins:
+        say(origin)
     say(where_from(config))
     if config.method.settings.reads == "prompts":
         _say_what_truncates(config, say)
@@ -145,7 +149,7 @@ def load_stage(config: RunConfig, say: Say) -> Stage:
     models = load_roles(config, model, chat)
     say(_bill_table(config, models))
     conversations = any(not isinstance(record.prompt, str) for record in sides.train)
-    return Stage(config, chat, models, items, pretraining_items(config, chat, noted), conversations, account)
+    return Stage(config, chat, models, items, pretraining_items(config, chat, noted), conversations, account, origins)
 
 
 def _check_held_out(config: RunConfig, items: Sides) -> None:
@@ -249,7 +253,8 @@ def _finish(stage: Stage, run: Run, witness: outcome.Witness | None, before: Any
     last = {line.get("split", "train"): line for line in read_metrics(folder / "metrics.jsonl")}
     report_run(folder)
     # The card is the sign that nothing is left to do: it is written last.
-    write_text(folder / "card.md", outcome.card(config, {"Why it stopped": str(run.stopped), **sections}, last))
+    sections = {"Why it stopped": str(run.stopped), **sections}
+    write_text(folder / "card.md", outcome.card(config, sections, last, stage.origins))
     say(f"model: {folder / 'model'}   report: {folder / 'report.html'}")
 
 

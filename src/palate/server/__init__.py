@@ -1,0 +1,1 @@
+"""The annotation web application over ``palate.feedback``: needs the extra ``palate[label]``."""
