@@ -54,7 +54,8 @@ def test_politeness_is_learnt_to_87_percent(shared_data: Path, tmp_path: Path) -
 @pytest.mark.shared_data
 def test_politeness_is_learnt_without_a_reward_model(shared_data: Path, tmp_path: Path) -> None:
     """DPO alone; the start is a coin, for policy and reference are the same."""
-    found = script("politeness_preferences").experiment(shared_data, tmp_path, ["dpo"])["dpo"]
+    example = script("preferences")
+    found = example.experiment(shared_data, tmp_path, example.TASKS["politeness"], ["dpo"])["dpo"]
     assert found["before"]["estimate"] == 0.5 and found["after"]["pairs"] == 165
     assert found["after"]["low"] > 0.8
 

@@ -1,11 +1,14 @@
-"""What the three palate scripts share: the settings of a run, and the loop with a probe in it."""
+"""What the palate scripts share: the settings of a run, and the loop with a probe in it."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from probe import Probe
+
+HERE = Path(__file__).parent
 
 
 def arguments() -> argparse.Namespace:
@@ -52,7 +55,7 @@ def measure(
     probe.begin()
     for metrics in train(run):
         probe.tokens(passes * metrics["tokens/all"])
-        if name == "ppo":
+        if run.rollout is not None:
             for phase, lap in (("generation", "rollout"), ("scoring", "prepare"), ("update", "update")):
                 probe.add(phase, metrics[f"time/{lap}"])
         losses.append(metrics.get("loss/policy", metrics["loss"]))
