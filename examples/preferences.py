@@ -40,11 +40,12 @@ class Task:
     split_by: Literal["prompt", "opening"]
     max_length: int  # tokens of a row; older turns are cut first
     epochs: float
+    learning_rate: float
 
 
 TASKS = {
-    "politeness": Task("preferences/politeness_ai.jsonl.gz", "prompt", max_length=512, epochs=3),
-    "hh": Task("preferences/hh_rlhf.jsonl.gz", "opening", max_length=256, epochs=1),
+    "politeness": Task("preferences/politeness_ai.jsonl.gz", "prompt", max_length=512, epochs=3, learning_rate=5e-4),
+    "hh": Task("preferences/hh_rlhf.jsonl.gz", "opening", max_length=192, epochs=1, learning_rate=1e-4),
 }
 
 
@@ -73,7 +74,7 @@ def experiment(
                 "validation_fraction": 0.0,
                 "max_length": task.max_length,
             },
-            training={"learning_rate": 5e-4, "epochs": task.epochs, "batch_size": 16, "seed": 0},
+            training={"learning_rate": task.learning_rate, "epochs": task.epochs, "batch_size": 16, "seed": 0},
             out=out / method,
             quiet=True,
         )

@@ -35,6 +35,7 @@ def measure(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     from palate.config import load_settings
+    from palate.stage.reference_cache import reference_asked_once
     from palate.stage.run import load_stage, loop_run
     from palate.training.loop import train
 
@@ -49,8 +50,8 @@ def measure(
         **more,
     }
     stage = load_stage(load_settings(name, settings=settings), say=print)
-    run = loop_run(stage)
-    run.folder.mkdir(parents=True)
+    stage.config.out.mkdir(parents=True)
+    run = loop_run(reference_asked_once(stage, print))
     losses = []
     probe.begin()
     for metrics in train(run):
