@@ -35,6 +35,7 @@ FLOOR = {
     "cli": 6,
     "cli_label": 6,
     "cli_feedback": 6,
+    "cli_sweep": 6,
     "__main__": 6,
     "server": 6,
 }

@@ -112,6 +112,11 @@ class RunConfig(BaseModel):
         description="frozen reference; null = the model as it is before training (with LoRA: adapter off). For a reward "
         "method: whose samples its scores are normalised on; null = on the responses of the records",
     )
+    reference_cache: str = Field(
+        "auto",
+        description="where the log-probs of a frozen reference are kept, computed once before training: a folder, "
+        '"auto" (PALATE_CACHE, else the user\'s cache folder), or "off" = the reference is asked in every batch',
+    )
     reward: str | dict[str, Any] | list[Any] | None = Field(
         None, description="a reward model's folder, a classifier, a function module:name, or a weighted sum of several"
     )
@@ -140,6 +145,13 @@ class RunConfig(BaseModel):
     @classmethod
     def _short_dtype(cls, value: Any) -> Any:
         return {"fp32": "float32", "bf16": "bfloat16"}.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("reference_cache", mode="before")
+    @classmethod
+    def _yaml_switch(cls, value: Any) -> Any:
+        if value == "":
+            raise ConfigError('reference_cache: found \'\', expected "auto", "off" or a folder.')
+        return {False: "off", True: "auto"}[value] if isinstance(value, bool) else value  # YAML reads off as false
 
     @field_validator("trackers", mode="before")
     @classmethod

@@ -78,7 +78,8 @@ class Tokens:
         group: int64 [N], rows with equal numbers answer the same prompt; ascending.
         extras: further facts about rows, each a tensor or sequence of length N, carried along untouched. Known names:
             ``finished`` bool [N], the response ended with a stop token; ``sampler_logprobs`` float [N, T], what the
-            sampler said when it drew the token; ``records``, the prompt's record of each row.
+            sampler said when it drew the token; ``changed`` bool [N, T], a token of what a correction changed;
+            ``records``, the prompt's record of each row.
     """
 
     ids: Tensor
@@ -196,12 +197,14 @@ class Judgements(_Rows):
         desirable: bool [N].
         reference_logprobs: float [N], filled by ``prepare``.
         kl: float [N] or None, the batch's divergence as one number a row; filled by ``prepare`` (KTO).
+        rewards: float [N] or None, implicit rewards of the policy as it is; filled by ``prepare`` (BCO).
     """
 
     tokens: Tokens
     desirable: Tensor
     reference_logprobs: Tensor | None = None
     kl: Tensor | None = None
+    rewards: Tensor | None = None
     metrics: Mapping[str, Mean] = field(default_factory=dict)
 
 
@@ -266,11 +269,13 @@ class Models:
 class Method(Protocol):
     """What the loop asks of a method. For the type checker: nothing inherits from it.
 
-    ``needs`` and ``trains`` name roles. ``reads`` names the records: "demonstrations", "comparisons", "rankings",
-    "judgements" or "prompts"; a method that reads prompts is handed sampled ``Tokens``.
+    ``needs`` and ``trains`` name roles. ``reads`` names the records: "demonstrations", "comparisons", "corrections",
+    "rankings", "judgements" or "prompts"; a method that reads prompts is handed sampled ``Tokens``.
 
     What a method may have besides: ``refuses``, names of facts about pairs ("margin", "probability") that its loss has no
-    place for; ``at_reference()``, what its metrics are while policy and reference are the same weights; ``adapt``,
+    place for; ``asks_reference``, "rows" = nothing but the summed log-probs of the batch's own rows, which are then computed
+    once before training, "rows and more" = other things too; ``at_reference()``, what its metrics are while policy and
+    reference are the same weights; ``adapt``,
     ``stop`` and ``finished`` (docs/decisions/0002).
     """
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os.path
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from palate.data.kinds import Conversation, PromptText
+from palate.data.kinds import Conversation, PromptText, Spans
+from palate.data.segments import changed_tokens, moved_spans
 from palate.data.template import MARK, default_template, find_template, render, shape_of
 from palate.data.tokenizing import Tokenizing, common
 from palate.errors import ConfigError, DataError, ModelError
@@ -29,12 +30,14 @@ class Encoded:
         responses: ids of each response, its stop token at the end.
         rewritten: for each response, whether the template would have lost text of it or would not continue the
             prompt, so that the text was put after the prompt as it is.
+        changed: for each response, which of its ids stand in a marked span; empty when no spans were given.
     """
 
     prompt: list[int]
     prompt_mask: list[bool]
     responses: list[list[int]]
     rewritten: list[bool]
+    changed: list[list[bool]] = field(default_factory=list)
 
 
 class Chat:
@@ -121,8 +124,13 @@ class Chat:
         prompts: Sequence[PromptText],
         responses: Sequence[Sequence[str]],
         every_turn: Sequence[bool] | None = None,
+        spans: Sequence[Sequence[Spans]] | None = None,
     ) -> list[Encoded]:
-        """``encode`` for many prompts with any number of responses each, at the tokenizer's own speed."""
+        """``encode`` for many prompts with any number of responses each, at the tokenizer's own speed.
+
+        Args:
+            spans: of each response's text, (start, end) in characters: which tokens are there is found, too.
+        """
         texts = [self.prompt_text(prompt) for prompt in prompts]
         prompt_ids = self._prompt_ids(prompts, texts)
         written = [
@@ -130,9 +138,10 @@ class Chat:
             for prompt, text, several in zip(prompts, texts, responses, strict=True)
         ]
         contexts = [text for text, several in zip(texts, written, strict=True) for _ in several]
-        ids = iter(
-            self._tokenizing.continuations(contexts, [response for several in written for response, _ in several])
-        )
+        flat = [response for several in written for response, _ in several]
+        found_ids = self._tokenizing.continuations(contexts, flat)
+        places = iter(self._tokenizing.places(contexts, flat, found_ids) if spans is not None else ())
+        ids = iter(found_ids)
         stop = list(self.stop_token_ids[:1])
         found = []
         for i, several in enumerate(written):
@@ -140,7 +149,11 @@ class Chat:
             if every_turn is not None and every_turn[i]:
                 mask = self._earlier_turns(prompts[i], texts[i], prompt_ids[i])
             rows = [next(ids) + stop for _ in several]
-            found.append(Encoded(prompt_ids[i], mask, rows, [rewritten for _, rewritten in several]))
+            changed = []
+            for response, (text, _), marked in zip(responses[i], several, spans[i] if spans else (), strict=False):
+                moved = moved_spans(marked, response, text, self._shape.opening)
+                changed.append(changed_tokens(next(places), moved, then=len(stop)))
+            found.append(Encoded(prompt_ids[i], mask, rows, [rewritten for _, rewritten in several], changed))
         return found
 
     # -- to text -----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 
 from palate.errors import RunError
 from palate.evaluation.statistics import Interval
+from palate.health.alarm import text as alarm_text
 from palate.report.metrics import metric_charts, read_metrics
 
 
@@ -142,7 +143,7 @@ def report_run(folder: str | Path, *, samples: int = 6) -> Path:
         before="First samples",
         after="Last samples",
         sections=[*_held_out(folder), *sections, Section("Curves", charts=charts, more_charts=more, settings=settings)],
-        alarms=[_alarm(alarm) for alarm in read_metrics(folder / "alarms.jsonl")],
+        alarms=[alarm_text(alarm) for alarm in read_metrics(folder / "alarms.jsonl")],
     )
     return write_page(page, folder / "report.html")
 
@@ -215,10 +216,6 @@ def _prompt_text(prompt: Any) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
 
 
-def _alarm(alarm: dict[str, Any]) -> str:
-    return " · ".join(str(value) for value in alarm.values())
-
-
 def signed(value: float) -> str:
     """Two digits and a real minus sign: ``+1.20``, ``−0.35``."""
     return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
@@ -241,7 +238,8 @@ def _headlines(headlines: Sequence[Headline]) -> str:
 def _alarms(alarms: Sequence[str]) -> str:
     if not alarms:
         return ""
-    return f'<h2>Alarms</h2><ul class="alarms">{"".join(f"<li>{_text(a)}</li>" for a in alarms)}</ul>'
+    items = ("<br>".join(_text(line.strip()) for line in alarm.splitlines()) for alarm in alarms)
+    return f'<h2>Alarms</h2><ul class="alarms">{"".join(f"<li>{item}</li>" for item in items)}</ul>'
 
 
 def _table(table: Table | None) -> str:
