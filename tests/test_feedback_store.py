@@ -325,3 +325,8 @@ def test_a_store_from_elsewhere_makes_nobody_an_admin(tmp_path) -> None:
     answer_all(away, anna)
     merge(store, away)
     assert {person.role for person in people.people(store)} == {"annotator"} and status(store)["answers"] == 3
+
+
+def test_with_nobody_there_yet_no_item_is_skipped_by_all(tmp_path) -> None:
+    store, _ = make_store(tmp_path, compare_task(), annotators=0)
+    assert status(store)["items"] > 0 and status(store)["skipped_by_all"] == 0

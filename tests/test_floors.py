@@ -33,6 +33,7 @@ FLOOR = {
     **dict.fromkeys(("settings_tree", "config", "defaults", "resolve", "lookup", "method_docs", "run_folder"), 5),
     **dict.fromkeys(("stage", "texts", "console", "pipelines", "api"), 5),
     "cli": 6,
+    "cli_arena": 6,
     "cli_label": 6,
     "cli_feedback": 6,
     "cli_sweep": 6,

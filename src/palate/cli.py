@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from palate.cli_arena import register as register_arena
 from palate.cli_feedback import register, sample_candidates
 from palate.cli_label import label
 from palate.cli_sweep import sweep
@@ -496,6 +497,7 @@ def check(
 
 
 register(label)
+register_arena(label)
 app.add_typer(label, name="label")
 
 

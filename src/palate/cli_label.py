@@ -117,6 +117,23 @@ def serve(
     """Serve the page on which annotators answer. Stop it at any time: what was acknowledged is on the disk."""
     for package in PACKAGES:
         _need(package)
+    with _open_or_make(store, task) as opened:
+        run_server(opened, host, port, public_url, token_file, rate, as_json)
+
+
+def run_server(
+    opened: Store,
+    host: str,
+    port: int,
+    public_url: str | None,
+    token_file: Path | None,
+    rate: float,
+    as_json: bool,
+    *,
+    title: str | None = None,
+    arena: Any = None,
+) -> None:
+    """Serve a store until Ctrl-C; ``arena``: with models to talk to."""
     import socket
 
     import uvicorn
@@ -126,41 +143,41 @@ def serve(
     from palate.server.auth import access, check_listening, is_loopback
     from palate.server.guard import Limits
 
-    with _open_or_make(store, task) as opened:
-        if token_file is not None:
-            _take_tokens(opened, token_file)
-        first = None
-        if is_loopback(host) and not people.people(opened):
-            first = people.issue_link(opened, people.add_person(opened, "admin", "admin").name)
-        check_listening(opened, host)
-        with _listen(socket, host, port) as listening:
-            found = listening.getsockname()[1]
-            names = access(host, found, public_url)
-            url = public_url.rstrip("/") if public_url else f"http://{f'[{host}]' if ':' in host else host}:{found}"
-            if as_json:
-                _print({"url": url, "link": None if first is None else f"{url}/login#{first}"})
-            typer.echo(f"{opened.task.title}: {url}   Ctrl-C stops.", err=True)
-            if first is not None:
-                typer.echo(f"Log in once as admin: {url}/login#{first}", err=True)
-            else:
-                typer.echo(f"Login links: palate label annotators link {store} NAME --url {url}", err=True)
-            if not names.secure and not is_loopback(host):
-                typer.echo(
-                    "palate: without https everybody on the way can read along. Put a proxy with TLS before it.",
-                    err=True,
-                )
-            settings = uvicorn.Config(
-                make_app(opened, names, Limits(rate=rate, burst=max(60, int(12 * rate)))),
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                proxy_headers=False,
-                lifespan="off",
-                ws="none",
-                timeout_keep_alive=30,
-                limit_concurrency=500,
+    if token_file is not None:
+        _take_tokens(opened, token_file)
+    first = None
+    if is_loopback(host) and not people.people(opened):
+        first = people.issue_link(opened, people.add_person(opened, "admin", "admin").name)
+    check_listening(opened, host)
+    with _listen(socket, host, port) as listening:
+        found = listening.getsockname()[1]
+        names = access(host, found, public_url)
+        url = public_url.rstrip("/") if public_url else f"http://{f'[{host}]' if ':' in host else host}:{found}"
+        if as_json:
+            _print({"url": url, "link": None if first is None else f"{url}/login#{first}"})
+        typer.echo(f"{title or opened.task.title}: {url}   Ctrl-C stops.", err=True)
+        if first is not None:
+            typer.echo(f"Log in once as admin: {url}/login#{first}", err=True)
+        else:
+            typer.echo(f"Login links: palate label annotators link {opened.path} NAME --url {url}", err=True)
+        if not names.secure and not is_loopback(host):
+            typer.echo(
+                "palate: without https everybody on the way can read along. Put a proxy with TLS before it.",
+                err=True,
             )
-            uvicorn.Server(settings).run(sockets=[listening])
+        settings = uvicorn.Config(
+            make_app(opened, names, Limits(rate=rate, burst=max(60, int(12 * rate))), arena),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            lifespan="off",
+            ws="none",
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=None if arena is None else 3,  # an answer may take minutes
+            limit_concurrency=500,
+        )
+        uvicorn.Server(settings).run(sockets=[listening])
 
 
 @label.command()
@@ -231,7 +248,8 @@ def export(
         str,
         typer.Option(
             "--as",
-            help="comparisons, rankings, judgements, demonstrations, corrections, answers, csv, or events; for other "
+            help="comparisons, rankings, judgements, demonstrations, corrections, answers, csv, or events; of "
+            "conversations with models battles, thumbs, signals; for other "
             "tools preference, ranking, kto, stepwise, rlhf_v, ddpo, sft, hh_rlhf, ultrafeedback, argilla, label_studio.",
         ),
     ],
@@ -245,6 +263,10 @@ def export(
     ] = False,
     margins: Annotated[str | None, typer.Option("--margins", help="Of the strengths, e.g. 0.33,0.67,1.")] = None,
     ties: Annotated[str, typer.Option("--ties", help='"drop", or "half": probability 1/2.')] = "drop",
+    histories: Annotated[
+        str, typer.Option("--histories", help='battles: "same" prompt on both sides, or "winner": the chosen one\'s.')
+    ] = "same",
+    least: Annotated[float, typer.Option("--least", help="signals: lowest probability that is kept.")] = 0.5,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output file.")] = False,
     conversational: Annotated[
         bool, typer.Option("--conversational", help="preference, kto, sft: prompts and responses as messages.")
@@ -292,6 +314,8 @@ def export(
             decided=not individual,
             margins=numbers,
             ties=ties,
+            histories=histories,
+            least=least,
             overwrite=overwrite,
         )
     if "left_out" in about:

@@ -21,7 +21,8 @@ from palate.feedback.store import Store
 from palate.feedback.tables import canonical_json
 
 RECORDS = ("comparisons", "rankings", "judgements", "demonstrations", "corrections")
-KINDS = (*RECORDS, "answers", "events", "csv")
+TALKED = ("battles", "thumbs", "signals")  # of conversations with models, see chat_views
+KINDS = (*RECORDS, *TALKED, "answers", "events", "csv")
 # A spreadsheet takes a cell that begins so for a formula (OWASP, "CSV Injection"); the wide forms too.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
@@ -36,6 +37,8 @@ def export(
     decided: bool = True,
     margins: Sequence[float] | None = None,
     ties: str = "drop",
+    histories: str = "same",
+    least: float = 0.5,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write what people said.
@@ -43,13 +46,15 @@ def export(
     Args:
         kind: "comparisons", "rankings", "judgements", "demonstrations" or "corrections": records; "answers": every single
             answer with the order in which the responses were shown, tests and repeats included; "csv": the same as a
-            table; "events": the log, which ``store.chain`` can check.
+            table; "battles", "thumbs", "signals": comparisons, judgements, and noisy judgements with their probability, of
+            conversations with models; "events": the log, which ``store.chain`` can check.
         target: a file, or "-" for standard output.
         question: which of the task's questions; None = the first that fits.
         consensus: comparisons only: one for each pair with the share of annotators as probability, in place of one for
             each annotator.
         decided: an adjudicator's decision stands in place of the answers it is about; False = all answers, no decisions.
         margins, ties: see ``views.comparisons``.
+        histories, least: of "battles" and "signals", see ``chat_views``.
     Returns:
         Provenance.
     Raises:
@@ -58,8 +63,12 @@ def export(
     """
     if kind not in KINDS:
         raise ConfigError(f'nothing is exported as "{kind}". Expected one of: {", ".join(KINDS)}.')
-    if kind != "comparisons" and (consensus or margins is not None or ties != "drop"):
+    if kind != "comparisons" and (consensus or margins is not None or (ties != "drop" and kind != "battles")):
         raise ConfigError(f"consensus, margins and ties are options of comparisons, not of {kind}.")
+    if (histories != "same" and kind != "battles") or (least != 0.5 and kind != "signals"):
+        raise ConfigError(f"histories is an option of battles, and least one of signals; not of {kind}.")
+    if kind in TALKED:
+        return _export_talked(store, kind, target, ties, histories, least, overwrite)
     if kind in RECORDS:
         given = views.labels(store, decided=decided)
         made = _made(given, store, kind, question, consensus, margins, ties)
@@ -156,6 +165,34 @@ def _made(
     if consensus:
         return views.majority(given, store.task, question=question)
     return views.comparisons(given, store.task, question=question, margins=margins, ties=ties)  # type: ignore[arg-type]
+
+
+def _export_talked(
+    store: Store, kind: str, target: str | Path, ties: str, histories: str, least: float, overwrite: bool
+) -> dict[str, Any]:
+    from palate.feedback import chat_views
+
+    if ties not in ("drop", "half") or histories not in ("same", "winner"):
+        raise ConfigError(
+            f'ties is "{ties}" and histories "{histories}". Expected "drop" or "half", and "same" or "winner".'
+        )
+    shares = chat_views.measured_shares(store)
+    if kind == "signals":
+        made = chat_views.signals(store, shares=shares, least=least)
+    elif kind == "thumbs":
+        made = chat_views.thumbs(store)
+    else:
+        made = chat_views.battles(store, ties=ties, histories=histories)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"kind": kind, "ties": ties, "histories": histories, "least": least}
+    if kind == "signals":
+        options["shares"] = {name: {"share": share.share, "measured_on": share.n} for name, share in shares.items()}
+    about = views.provenance(store, [], made, **options)
+    about |= {"answers": len(made.records) + sum(made.left_out.values())}
+    line = chat_views.noisy_line if kind == "signals" else to_json
+    write_lines(target, (line(record) for record in made.records), overwrite=overwrite)
+    if str(target) != "-":
+        write_lines(f"{target}.provenance.json", [about], overwrite=True)
+    return about
 
 
 def _events(store: Store) -> Iterator[dict[str, Any]]:

@@ -47,6 +47,8 @@ CREATE TABLE adjudication(
     item TEXT PRIMARY KEY, event TEXT NOT NULL, seq INTEGER NOT NULL, time TEXT NOT NULL, presentation TEXT NOT NULL,
     annotator TEXT NOT NULL, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE message(event TEXT PRIMARY KEY, seq INTEGER NOT NULL, annotator TEXT NOT NULL, body TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX message_by_conversation ON message(json_extract(body, '$.conversation'));
+CREATE INDEX message_by_annotator ON message(annotator);
 """
 
 

@@ -151,7 +151,7 @@ def status(store: Store) -> dict[str, Any]:
         )
         skipped = tx.one(
             "SELECT count(*) FROM item WHERE kind = 'task' AND answers < ? AND (SELECT count(*) FROM presented WHERE "
-            "item = item.id AND state = 'skipped') >= (SELECT count(*) FROM annotator WHERE active)",
+            "item = item.id AND state = 'skipped') >= max(1, (SELECT count(*) FROM annotator WHERE active))",
             overlap,
         )[0]
         return {

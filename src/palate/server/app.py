@@ -24,6 +24,8 @@ from palate.feedback.questions import BadAnswer
 from palate.feedback.store import Conflict, NotFound, Store
 from palate.feedback.summary import summary
 from palate.server import auth, images, pages, render
+from palate.server.arena import Arena
+from palate.server.arena import routes as arena_routes
 from palate.server.auth import Access
 from palate.server.guard import Buckets, Guard, Limits
 
@@ -90,16 +92,19 @@ class NewPerson(_Body):
     role: str
 
 
-def make_app(store: Store, access: Access, limits: Limits | None = None) -> Guard:
+def make_app(store: Store, access: Access, limits: Limits | None = None, arena: Arena | None = None) -> Guard:
     """The application behind its guard, ready for an ASGI server.
 
     Args:
         access: the server's names, see ``auth.access``.
         limits: sizes and rates.
+        arena: models to talk to; its page is then the first one.
     """
     limits = limits or Limits()
     app = FastAPI(title="palate label", openapi_url=None, docs_url=None, redoc_url=None)
     _errors(app)
+    if arena is not None:
+        app.add_api_route("/", lambda: pages.static_file("arena.html"), methods=["GET"])
     app.include_router(pages.router)
     rates, logins = Buckets(limits.rate, limits.burst), Buckets(limits.logins / 60, limits.logins)
 
@@ -113,6 +118,8 @@ def make_app(store: Store, access: Access, limits: Limits | None = None) -> Guar
         return person
 
     anyone = Depends(somebody)
+    if arena is not None:
+        app.include_router(arena_routes(arena, anyone))
 
     def with_role(*roles: str) -> Callable[[Person], Person]:
         def check(person: Person = anyone) -> Person:
