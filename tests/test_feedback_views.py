@@ -153,21 +153,6 @@ def test_a_rewrite_is_a_demonstration_and_a_correction(tmp_path) -> None:
     assert (pair.chosen, pair.rejected, pair.annotator) == ("a cat", "a red cat", anna)
 
 
-@pytest.mark.parametrize(
-    ("rejected", "chosen"),
-    [("a red cat", "a cat"), ("a cat", "a red cat"), ("x", "y z"), ("", "new"), ("same", "same"), ("猫 is", "狗 was")],
-)
-def test_changed_spans_are_all_that_differs(rejected: str, chosen: str) -> None:
-    """What is left of both texts without their spans is equal; equal texts have none."""
-    of_chosen, of_rejected = views.changed_spans(rejected, chosen)
-    assert len(of_chosen) == len(of_rejected) and bool(of_chosen) == (rejected != chosen)
-
-    def without(text: str, spans: list[tuple[int, int]]) -> str:
-        return "".join(c for i, c in enumerate(text) if not any(start <= i < end for start, end in spans))
-
-    assert without(chosen, of_chosen) == without(rejected, of_rejected)
-
-
 @pytest.mark.parametrize("kind", ["comparisons", "rankings"])
 def test_what_is_exported_is_read_back_by_training(tmp_path, kind: str) -> None:
     store, (anna, _) = make_store(tmp_path, compare_task(), items=5)

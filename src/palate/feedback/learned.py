@@ -19,9 +19,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from palate.data.kinds import Comparison, Prompt, PromptText, Record, prompt_key
+from palate.data.kinds import Prompt, PromptText, Record, prompt_key
 from palate.data.ranking import ranking_to_judgements
-from palate.data.segments import comparison_to_correction
 from palate.errors import ConfigError, DataError
 from palate.feedback import views
 from palate.feedback.annotator_model import fit_annotators
@@ -168,7 +167,7 @@ def _makers() -> dict[str, Callable[[list[Answer], Task], Made]]:
         "rankings": views.rankings,
         "judgements": _judgements,
         "demonstrations": views.demonstrations,
-        "corrections": _corrections,
+        "corrections": views.corrections,
     }
 
 
@@ -177,12 +176,6 @@ def _judgements(given: list[Answer], task: Task) -> Made:
         return views.judgements(given, task)
     made = views.rankings(given, task)
     made.records = [judgement for ranking in made.records for judgement in ranking_to_judgements(ranking)]
-    return made
-
-
-def _corrections(given: list[Answer], task: Task) -> Made:
-    made = views.corrections(given, task)
-    made.records = [comparison_to_correction(r) if isinstance(r, Comparison) else r for r in made.records]
     return made
 
 

@@ -7,9 +7,7 @@ gives no record is counted with the reason, never dropped in silence.
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +16,7 @@ from typing import Any, Literal
 
 from palate.data.kinds import Comparison, Demonstration, Judgement, PromptText, Ranking, Record
 from palate.data.ranking import ordered_pairs
+from palate.data.segments import comparison_to_correction
 from palate.errors import ConfigError
 from palate.feedback.questions import Question
 from palate.feedback.store import Store
@@ -225,29 +224,11 @@ def corrections(given: Iterable[Answer], task: Task, *, question: str | None = N
 
 
 def correction(answer: Answer, number: int, rewritten: str) -> Record:
-    """One correction as a record: the only place that knows which kind of record that is."""
-    return Comparison(
+    """One correction as a record; what was changed is found by the diff when it is trained on."""
+    pair = Comparison(
         answer.prompt, rewritten, answer.responses[number], annotator=answer.annotator, source=answer.place
     )
-
-
-def changed_spans(rejected: str, chosen: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(spans of ``chosen``, spans of ``rejected``) that differ, in code points, word by word.
-
-    Something that was only put in, or only taken out, is a span on one side and an empty one (start = end) on the other:
-    the two lists are of equal length.
-
-    >>> changed_spans("a red cat", "a cat")
-    ([(2, 2)], [(2, 6)])
-    """
-    before, after = (re.findall(r"\s+|\w+|[^\w\s]", text) for text in (rejected, chosen))
-    matched = difflib.SequenceMatcher(a=before, b=after, autojunk=False).get_opcodes()
-    changed = [(i, j, k, m) for name, i, j, k, m in matched if name != "equal"]
-    starts_before, starts_after = _starts(before), _starts(after)
-    return (
-        [(starts_after[k], starts_after[m]) for _, _, k, m in changed],
-        [(starts_before[i], starts_before[j]) for i, j, _, _ in changed],
-    )
+    return comparison_to_correction(pair)
 
 
 def by_item(given: Iterable[Answer]) -> dict[str, list[Answer]]:
@@ -359,11 +340,3 @@ def _preferred(rows: Sequence[Sequence[int]], i: int, j: int) -> float | None:
     if not rows:
         return None
     return sum(0.5 if ranks[i] == ranks[j] else float(ranks[i] < ranks[j]) for ranks in rows) / len(rows)
-
-
-def _starts(parts: Sequence[str]) -> list[int]:
-    """Where each part begins, and where the last ends."""
-    starts = [0]
-    for part in parts:
-        starts.append(starts[-1] + len(part))
-    return starts
