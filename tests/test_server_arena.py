@@ -307,9 +307,9 @@ def test_a_client_that_leaves_stops_the_models_and_can_send_it_again(real) -> No
 
 
 def test_a_model_answers_one_at_a_time_in_the_order_of_asking(real) -> None:
-    """Three people, one model: never two answers at once, and all three are answered; pieces come as they are made."""
-    parrot = Parrot("alpha", "one two three four", pause=0.02)
-    site = real(parrot)
+    """Three people, the same two models: neither model ever gives two answers at once, and all are answered in order."""
+    parrots = [Parrot("alpha", "one two three four", pause=0.1), Parrot("beta", "one two", pause=0.01)]
+    site = real(*parrots)
     clients = [client_of(site, f"n{i}") for i in range(3)]
     held = [begin(client) for client in clients]
     done: list[str] = []
@@ -320,11 +320,13 @@ def test_a_model_answers_one_at_a_time_in_the_order_of_asking(real) -> None:
     threads = [threading.Thread(target=talk, args=(i,)) for i in range(3)]
     for thread in threads:
         thread.start()
-        time.sleep(0.03)
+        time.sleep(0.05)
     for thread in threads:
         thread.join(20)
-    assert done == ["done"] * 3 and parrot.most == 1
-    assert [turns[0]["content"] for turns in parrot.asked] == ["from 0", "from 1", "from 2"]
+    assert done == ["done"] * 3
+    for parrot in parrots:
+        assert parrot.most == 1
+        assert [turns[0]["content"] for turns in parrot.asked] == ["from 0", "from 1", "from 2"]
 
 
 def test_one_person_has_one_turn_at_a_time(real) -> None:
