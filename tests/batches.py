@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass, replace
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from palate.models.rewards import WeightedReward
 from palate.training.loop import Run
 from palate.training.settings import TrainingSettings
 from palate.types import Comparisons, Judgements, Models, Rankings, Tokens, groups, microbatches
@@ -75,6 +76,8 @@ def models_for(method, dtype=torch.float32, seed=0):
             causal if role in ("policy", "reference") else scalar_of(tiny("llama", seed=seed + number), number, dtype)
         )
         setattr(models, role, model.requires_grad_(role in method.trains))
+    if cost := getattr(method, "cost", None):  # a reward of named parts, one of which is the cost
+        models.reward = WeightedReward({"score": (models.reward, 1.0), cost: (scalar_of(tiny(seed=seed), 9, dtype), 0.0)})
     return models
 
 

@@ -120,7 +120,9 @@ def train(
         str | None, typer.Option("--data", "-d", help="Training records: file, folder, hub name, -.")
     ] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="The run's folder.")] = None,
-    reward: Annotated[str | None, typer.Option("--reward", help="Folder, classifier, or module:function.")] = None,
+    reward: Annotated[
+        str | None, typer.Option("--reward", help='Folder, module:function, "{check: number}", .yaml file.')
+    ] = None,
     reference: Annotated[
         str | None, typer.Option("--reference", help="Frozen reference; default: MODEL itself.")
     ] = None,
@@ -221,7 +223,10 @@ def sample(
 @app.command()
 def score(
     reward: Annotated[
-        str, typer.Option("--model", "-m", "--reward", help="Reward folder, classifier, module:function.")
+        str,
+        typer.Option(
+            "--model", "-m", "--reward", help='Reward folder, module:function, "{check: number}", .yaml file.'
+        ),
     ],
     data: Annotated[str, typer.Option("--data", "-d", help="prompt+response, comparisons, rankings, or -.")] = "-",
     out: Annotated[str, typer.Option("--out", "-o", help="JSONL file, or - for standard output.")] = "-",

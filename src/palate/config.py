@@ -29,7 +29,7 @@ from palate.generation.settings import SamplingSettings
 from palate.lookup import method_class
 from palate.method_docs import Setting, settings_of
 from palate.models.adapters import LoraSettings
-from palate.settings_tree import Layer, closest, flatten, merge, put, read_overrides, read_yaml
+from palate.settings_tree import Layer, closest, flatten, merge, put, read_overrides, read_yaml, spelled_out
 from palate.training.settings import TrainingSettings
 
 
@@ -109,7 +109,9 @@ class RunConfig(BaseModel):
         "method: whose samples its scores are normalised on; null = on the responses of the records",
     )
     reward: str | dict[str, Any] | list[Any] | None = Field(
-        None, description="a reward model's folder, a classifier, a function module:name, or a weighted sum of several"
+        None,
+        description="a reward model's folder, a classifier, a function module:name, a check, a service, an ensemble, or a "
+        "weighted sum of several, written out or in a .yaml file",
     )
     value: str | None = Field(
         None, description="what the value model starts from; null = the reward model's folder, else the model"
@@ -136,6 +138,11 @@ class RunConfig(BaseModel):
     @classmethod
     def _short_dtype(cls, value: Any) -> Any:
         return {"fp32": "float32", "bf16": "bfloat16"}.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _reward_in_full(cls, value: Any) -> Any:
+        return spelled_out(value, "reward")
 
     @field_validator("trackers", mode="before")
     @classmethod

@@ -24,6 +24,7 @@ from torch.nn import functional
 from palate.functional.logprobs import logprobs_and_entropy
 from palate.models import trunk
 from palate.models.heads import scalar_head
+from palate.models.samples import check_scores
 from palate.types import Reward, Scored, Tokens, groups
 
 _NOTHING_BEFORE = "a row begins with a response token: nothing comes before it to predict it from"
@@ -68,11 +69,17 @@ def response_scores(model: nn.Module, tokens: Tokens) -> Tensor:
     return _scatter(tokens, parts)[:, 0]
 
 
-def score_responses(reward: nn.Module | Reward, tokens: Tokens) -> Scored:
-    """Scores from any kind of reward: a scalar model on the same ids, or a ``Reward`` that reads text."""
-    if isinstance(reward, nn.Module):
-        return Scored(response_scores(reward, tokens), {})
-    return reward(tokens)
+def score_responses(reward: nn.Module | Reward, tokens: Tokens, name: str = "") -> Scored:
+    """Scores from any kind of reward: a scalar model on the same ids, or a ``Reward`` that reads text.
+
+    Args:
+        name: for errors; the reward's own by default.
+    Raises:
+        ModelError: not one finite score for each row; the first bad sample is shown.
+    """
+    scored = Scored(response_scores(reward, tokens), {}) if isinstance(reward, nn.Module) else reward(tokens)
+    check_scores(scored.scores, tokens, reward, name)
+    return scored
 
 
 class _Bucket(NamedTuple):

@@ -92,12 +92,12 @@ class FunctionReward:
                 f'reward "{self.name}" returned {found} for {len(samples)} responses; one number for each was expected.'
                 + samples[0].show()
             )
-        scores = torch.zeros(len(samples))
+        scores = torch.zeros(len(samples), dtype=torch.float64)
         for i, (value, sample) in enumerate(zip(values, samples, strict=True)):
             try:
                 scores[i] = float(value)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise ModelError(
-                    f'reward "{self.name}" returned {value!r}; a number was expected.{sample.show()}'
+                    f'reward "{self.name}" returned {value!r:.100}; a number was expected.{sample.show()}'
                 ) from error
-        return finite(scores, samples, self.name)
+        return finite(scores.float(), samples, self.name)
