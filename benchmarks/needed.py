@@ -45,6 +45,41 @@ def reward(shape: Shape, pairs: Sequence[tuple[int, int, int]]) -> float:
     return sum(6.0 * shape.body * (chosen + rejected - prompt) for prompt, chosen, rejected in pairs)
 
 
+def preference(shape: Shape, pairs: Sequence[tuple[int, int, int]], reference: bool) -> float:
+    """Operations of one pass of DPO over (prompt, prompt + chosen, prompt + rejected) tokens.
+
+    Without ``reference`` (its log-probs are known, or there is none, as in ORPO) the training pass alone.
+    """
+    once = 0.0
+    for prompt, chosen, rejected in pairs:
+        once += shape.body * (chosen + rejected - prompt) + shape.head * (chosen + rejected - 2 * prompt)
+    return once * (8.0 if reference else 6.0)
+
+
+def kto(shape: Shape, pairs: Sequence[tuple[int, int, int]]) -> float:
+    """Operations of one pass of KTO over both responses of each pair as rows of their own.
+
+    Besides the training pass and the reference's forward, policy and reference read every prompt with another row's
+    response: the prompt's states are there already, so this costs the response alone.
+    """
+    total = 0.0
+    for prompt, *rows in pairs:
+        for row in rows:
+            response = row - prompt
+            total += 8.0 * (shape.body * row + shape.head * response)
+            total += 4.0 * (shape.body + shape.head) * response
+    return total
+
+
+def group(shape: Shape, prompts: Sequence[int], response: int, size: int) -> float:
+    """Operations of one step of a critic-free method: ``size`` responses a prompt, which is read once for all of them.
+
+    Sampling (its log-probs serve as old log-probs), a forward of the reference, one training pass.
+    """
+    rows = sum(shape.body * (prompt + size * response) + shape.head * size * response for prompt in prompts)
+    return rows * (2.0 + 2.0 + 6.0)
+
+
 def ppo(shape: Shape, prompts: Sequence[int], response: int, epochs: int) -> float:
     """Operations of one PPO iteration: sample (its log-probs serve as old log-probs), score, update.
 

@@ -15,8 +15,19 @@ from typing import Any
 import needed
 from workload import HIDDEN, INTERMEDIATE, LAYERS
 
-WARM_UP = {"sft": 2, "reward": 2, "ppo": 1}
-TITLES = {"sft": "SFT", "reward": "reward model (BT)", "ppo": "PPO"}
+TITLES = {
+    "sft": "SFT",
+    "reward": "reward model (BT)",
+    "dpo": "DPO",
+    "dpo_cached": "DPO, reference cached",
+    "kto": "KTO",
+    "orpo": "ORPO",
+    "grpo": "GRPO",
+    "rloo": "RLOO",
+    "online_dpo": "online DPO",
+    "ppo": "PPO",
+}
+SAMPLING = ("grpo", "rloo", "online_dpo", "ppo")
 PHASES = ("generation", "scoring", "update")
 
 
@@ -55,7 +66,7 @@ def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def figures(run: dict[str, Any], settings: dict[str, Any], peak: float) -> dict[str, float]:
     """The figures of one run; phases that a tool does not report are left out."""
-    skip = min(WARM_UP[run["job"]], len(run["steps"]) - 1)
+    skip = min(1 if run["job"] in SAMPLING else 2, len(run["steps"]) - 1)
     steps = run["steps"][skip:]
     seconds, tokens = sum(step["s"] for step in steps), sum(step["tokens"] for step in steps)
     all_tokens = sum(step["tokens"] for step in run["steps"])
@@ -72,7 +83,7 @@ def figures(run: dict[str, Any], settings: dict[str, Any], peak: float) -> dict[
         "ready_s": run["ready_s"],
     }
     phases = {name: sum(step["phases"].get(name, 0.0) for step in steps) / seconds for name in PHASES}
-    if run["job"] == "ppo" and phases["update"]:
+    if run["job"] in SAMPLING and phases["update"]:
         phases["scoring"] = phases["scoring"] or 1 - phases["generation"] - phases["update"]
         row |= {name: phases[name] for name in PHASES}
     return row
@@ -86,7 +97,15 @@ def needed_operations(job: str, settings: dict[str, Any]) -> float:
         return needed.sft(shape, lengths["sft"][: 16 * steps])
     if job == "reward":
         return needed.reward(shape, lengths["pairs"][: 8 * steps])
-    return needed.ppo(shape, [prompt for (prompt,) in lengths["prompts"][: 32 * steps]], response=64, epochs=4)
+    if job in ("dpo", "dpo_cached", "orpo"):
+        return needed.preference(shape, lengths["pairs"][: 8 * steps], reference=job == "dpo")
+    if job == "kto":
+        return needed.kto(shape, lengths["pairs"][: 8 * steps])
+    prompts = [prompt for (prompt,) in lengths["prompts"]]
+    if job == "ppo":
+        return needed.ppo(shape, prompts[: 32 * steps], response=64, epochs=4)
+    size = 2 if job == "online_dpo" else 4
+    return needed.group(shape, prompts[: 32 // size * steps], response=64, size=size)
 
 
 def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """Measure palate and its peers side by side: the same work, the same machine, in turns, medians.
 
-    python benchmarks/run.py                       # everything: SFT, reward model, PPO; about half an hour
+    python benchmarks/run.py                       # every job; an hour or two
     python benchmarks/run.py --quick               # few steps, once: does it run?
     python benchmarks/run.py --jobs ppo --threads 1 2 --repeats 5
 
@@ -24,11 +24,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tools import HERE, Tool, environment, tools
+from tools import HERE, JOBS, Tool, environment, tools
 from workload import bench_folder
 
-STEPS = {"sft": 14, "reward": 14, "ppo": 6}
-QUICK_STEPS = {"sft": 4, "reward": 4, "ppo": 2}
+SAMPLING = ("grpo", "rloo", "online_dpo", "ppo")  # jobs whose step is a whole iteration
+STEPS = {job: 6 if job in SAMPLING else 14 for job in JOBS}
+QUICK_STEPS = {job: 2 if job in SAMPLING else 4 for job in JOBS}
 TIME_LIMIT = 1800  # seconds; a run that takes longer is reported as failed
 
 
@@ -76,7 +77,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tools", nargs="+", choices=list(tools()), default=list(tools()))
     parser.add_argument("--threads", nargs="+", type=int, default=[os.cpu_count() or 1], help="one table each")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each tool, of which the median counts")
-    parser.add_argument("--steps", type=int, help=f"optimizer steps (PPO: iterations) a run; default {STEPS}")
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps (of methods that sample: iterations) a run; default 14 (6)"
+    )
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--quick", action="store_true", help="once, with few steps")
     parser.add_argument("--out", type=Path, help="folder for the results")

@@ -11,6 +11,7 @@ from pathlib import Path
 from workload import bench_folder
 
 HERE = Path(__file__).parent
+JOBS = ("sft", "reward", "dpo", "dpo_cached", "kto", "orpo", "grpo", "rloo", "online_dpo", "ppo")
 
 # glibc gives big tensors back to the system after every operation and pays for their pages again; these settings keep
 # them. They help a program that makes big temporary tensors, so peers are measured with them as well.
@@ -49,11 +50,8 @@ def tools() -> dict[str, Tool]:
     """Every tool by name, palate first."""
     here, envs = Path(sys.executable), bench_folder() / "envs"
     trl, trl_ppo = envs / "trl" / "bin" / "python", envs / "trl-ppo" / "bin" / "python"
-    palate = {job: (here, HERE / "jobs" / f"palate_{job}.py") for job in ("sft", "reward", "ppo")}
-    peer = {
-        job: (python, HERE / "jobs" / f"trl_{job}.py")
-        for job, python in (("sft", trl), ("reward", trl), ("ppo", trl_ppo))
-    }
+    palate = {job: (here, HERE / "jobs" / f"palate_{job}.py") for job in JOBS}
+    peer = {job: (trl_ppo if job == "ppo" else trl, HERE / "jobs" / f"trl_{job}.py") for job in JOBS}
     return {
         "palate": Tool("palate", palate, {"PYTHONPATH": str(HERE.parent / "src")}),
         "trl": Tool("TRL", peer),

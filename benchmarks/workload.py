@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-VERSION = 1  # part of the finished mark: a workload of another version is made anew
+VERSION = 2  # part of the finished mark: a workload of another version is made anew
 MAX_LENGTH = 512
 MAX_PROMPT = 192
 HIDDEN, INTERMEDIATE, LAYERS, HEADS = 288, 768, 6, 6
@@ -58,7 +58,7 @@ def ready(vocabulary: int) -> Path | None:
 
 
 def make(vocabulary: int = 8192) -> Path:
-    """Write ``policy/``, ``reward/``, ``sft.jsonl``, ``pairs.jsonl``, ``prompts.jsonl`` and ``workload.json``.
+    """Write ``policy/``, ``reward/``, ``sft``, ``pairs``, ``judgements``, ``prompts`` (each ``.jsonl``) and ``workload.json``.
 
     Raises:
         FileNotFoundError: the comparisons are not there.
@@ -155,12 +155,12 @@ def _models(folder: Path, tokenizer: Any) -> dict[str, int]:
 
 
 def _write_data(folder: Path, pairs: list[dict[str, Any]], tokenizer: Any) -> dict[str, Any]:
-    """Write the three files and return the token counts of their records, from which the needed work is reckoned."""
+    """Write the four files and return the token counts of their records, from which the needed work is reckoned."""
 
     def length(messages: list[dict[str, str]], **kwargs: Any) -> int:
         return len(tokenizer.apply_chat_template(messages, return_dict=False, **kwargs))
 
-    sft, comparisons, prompts = [], [], []
+    sft, comparisons, judgements, prompts = [], [], [], []
     lengths: dict[str, list[list[int]]] = {"sft": [], "pairs": [], "prompts": []}
     for pair in pairs:
         prompt = pair["prompt"]
@@ -170,12 +170,15 @@ def _write_data(folder: Path, pairs: list[dict[str, Any]], tokenizer: Any) -> di
             continue
         sft.append({"prompt": prompt, "completion": chosen})
         comparisons.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        judgements.append({"prompt": prompt, "completion": chosen, "label": True})
+        judgements.append({"prompt": prompt, "completion": rejected, "label": False})
         lengths["sft"].append(counts[:2])
         lengths["pairs"].append(counts)
         if counts[0] <= MAX_PROMPT:
             prompts.append({"prompt": prompt})
             lengths["prompts"].append(counts[:1])
-    for name, records in (("sft", sft), ("pairs", comparisons), ("prompts", prompts)):
+    files = (("sft", sft), ("pairs", comparisons), ("judgements", judgements), ("prompts", prompts))
+    for name, records in files:
         _write_lines(folder / f"{name}.jsonl", records)
     return {"longer_than_max": len(pairs) - len(comparisons), "lengths": lengths}
 

@@ -43,6 +43,11 @@ def batch_of(reads, seed=0):
         margin = torch.tensor([0.0, 0.5, 0.0, 1.0, 2.0, 0.3])
         probability = torch.tensor([1.0, 0.8, 0.5, 1.0, 0.9, 0.6])
         return Comparisons(rows, chosen, rejected, weight=weight, probability=probability, margin=margin)
+    if reads == "corrections":  # pairs as above; in some rows nothing is changed, in others everything
+        batch = batch_of("comparisons", seed)
+        changed = torch.rand(rows.ids.shape, generator=torch.Generator().manual_seed(seed + 1)) < 0.4
+        changed[3], changed[8] = False, True
+        return replace(batch, tokens=replace(rows, extras={**rows.extras, "changed": changed & rows.response_mask}))
     if reads == "rankings":  # no ties; ties below; ties for the best; all tied
         return Rankings(rows, torch.tensor([3, 1, 2, 1, 2, 2, 1, 1, 2, 1, 1, 1]))
     if reads == "judgements":
@@ -90,7 +95,9 @@ def repadded(rows, left=2, right=3, junk=10**9):
 
     response = pad(rows.response_mask, False)
     extras = {
-        name: pad(value, float("nan"), response) if getattr(value, "ndim", 0) == 2 else value
+        name: pad(value, value.dtype == torch.bool or float("nan"), response)
+        if getattr(value, "ndim", 0) == 2
+        else value
         for name, value in rows.extras.items()
     }
     return replace(rows, ids=pad(rows.ids, junk), attention_mask=mask, response_mask=response, extras=extras)

@@ -16,6 +16,12 @@ settings.register_profile(
 settings.load_profile("palate")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What runs keep for later runs goes into a folder of this session, not into the user's."""
+    os.environ["PALATE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data: PALATE_SHARED_DATA, or ``../shared/data`` beside the checkout."""

@@ -175,6 +175,37 @@ def sppo(w, r, beta, probability=1.0):
     return (w - target) ** 2 + (r + target) ** 2
 
 
+def kl(log_q, log_p):
+    """KL(q || p) of two lists of log-probabilities."""
+    return sum(math.exp(a) * (a - b) for a, b in zip(log_q, log_p, strict=True) if a > -700)
+
+
+def bco(h, shift, desirable, beta):
+    return -sigmoid_log(beta * h - shift) if desirable else -sigmoid_log(shift - beta * h)
+
+
+def tdpo(w, r, kl_w, kl_r, beta, alpha):
+    return -sigmoid_log(beta * (w - r - alpha * (kl_r - kl_w)))
+
+
+def exponential(x):
+    """e^x, and above 30 its tangent there."""
+    return math.exp(x) if x <= 30 else math.exp(30) * (x - 29)
+
+
+F_SLOPES = {
+    "reverse_kl": lambda h: h,
+    "js": lambda h: math.log(2) + sigmoid_log(h),
+    "forward_kl": lambda h: 1 - exponential(-h),
+    "alpha": lambda h, a: (1 - exponential(-a * h)) / a,
+}
+
+
+def fdpo(w, r, beta, divergence, *alpha, probability=1.0):
+    lead = beta * (F_SLOPES[divergence](w, *alpha) - F_SLOPES[divergence](r, *alpha))
+    return -probability * sigmoid_log(lead) - (1 - probability) * sigmoid_log(-lead)
+
+
 # --- groups of sampled responses: lists of one number a response, or of one list of tokens a response ----------------
 
 

@@ -27,7 +27,7 @@ HEADINGS = [
     "When to choose it",
 ]
 # State of the run that is kept in the method's fields; not a setting.
-STATE = {"score_moments", "running_reward", "recent_costs"}
+STATE = {"score_moments", "running_reward", "recent_costs", "desirable_reward", "undesirable_reward"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -92,6 +92,11 @@ def test_a_methods_page_names_its_roles_and_papers(name: str) -> None:
 def test_a_method_stands_in_both_tables_of_methods(name: str) -> None:
     for readme in ("README.md", "README.zh.md"):
         assert f"| [{name}](docs/methods/{name}.md) |" in (ROOT / readme).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_method_can_be_chosen(name: str) -> None:
+    assert f"[{name}](methods/{name}.md)" in (ROOT / "docs" / "choose.md").read_text(encoding="utf-8")
 
 
 # -- metrics ---------------------------------------------------------------------------------------------------------

@@ -54,9 +54,39 @@ def test_politeness_is_learnt_to_87_percent(shared_data: Path, tmp_path: Path) -
 @pytest.mark.shared_data
 def test_politeness_is_learnt_without_a_reward_model(shared_data: Path, tmp_path: Path) -> None:
     """DPO alone; the start is a coin, for policy and reference are the same."""
-    found = script("politeness_preferences").experiment(shared_data, tmp_path, ["dpo"])["dpo"]
+    example = script("preferences")
+    found = example.experiment(shared_data, tmp_path, example.TASKS["politeness"], ["dpo"])["dpo"]
     assert found["before"]["estimate"] == 0.5 and found["after"]["pairs"] == 165
     assert found["after"]["low"] > 0.8
+
+
+@pytest.mark.shared_data
+def test_the_marks_of_the_corrections_are_what_people_quoted(shared_data: Path) -> None:
+    """336 answers; 7 have no correction and 5 an equal one. The file quotes the text of every mark."""
+    import gzip
+
+    where = shared_data / "segment/finegrained_qa_feedback.jsonl.gz"
+    found = script("qa_corrections").corrections(where)
+    assert len(found) == 324
+    with gzip.open(where, "rt", encoding="utf-8") as file:
+        answers = [json.loads(line) for line in file]
+    for record in found:
+        errors = answers[int(record.source.split(":")[1]) - 1]["span_errors"]["errors"]
+        marked = "".join(record.rejected[a:b] for a, b in record.rejected_spans or ())
+        assert all(error["text"].strip() in marked for error in errors)
+        assert (record.rejected_spans is None) == (not errors)
+
+
+@pytest.mark.shared_data
+def test_corrections_train_and_are_measured_on_held_out_questions(shared_data: Path, tmp_path: Path) -> None:
+    """A few of them: that it runs from file to figures, from a coin at the start; not that it learns."""
+    found = script("qa_corrections").experiment(shared_data, tmp_path, ["ddpo"], limit=24)
+    first = lines(tmp_path / "ddpo/metrics.jsonl")[0]
+    assert first["loss/preference"] == pytest.approx(0.6931, abs=1e-3)
+    assert {"the shorter one wins", "ddpo"} == set(found) == set(json.loads((tmp_path / "figures.json").read_text()))
+    for name in ("accuracy", "accuracy, weighted"):
+        assert 0 <= found["ddpo"][name]["low"] <= found["ddpo"][name]["estimate"] <= found["ddpo"][name]["high"] <= 1
+    assert found["ddpo"]["charge of an error, nats"]["estimate"] != 0
 
 
 @pytest.mark.shared_data

@@ -33,6 +33,7 @@ FLOOR = {
     **dict.fromkeys(("settings_tree", "config", "defaults", "resolve", "lookup", "method_docs", "run_folder"), 5),
     **dict.fromkeys(("stage", "texts", "console", "pipelines", "api"), 5),
     "cli": 6,
+    "cli_sweep": 6,
     "__main__": 6,
     "server": 6,
 }

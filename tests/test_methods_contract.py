@@ -126,13 +126,13 @@ def test_what_a_method_has_no_place_for_is_refused_by_name(module, method):
 
 def test_a_row_without_a_response_token_changes_neither_loss_nor_gradient(method):
     """Of a pair on comparisons; the other pairs and rows are as before."""
-    if method.reads not in ("comparisons", "judgements") or "policy" not in method.trains:
+    if method.reads not in ("comparisons", "corrections", "judgements") or "policy" not in method.trains:
         pytest.skip("said elsewhere")
     models, batch = models_for(method), batch_for(method)
     mask = batch.tokens.response_mask.clone()
     mask[5] = False  # in no pair
     empty = dataclasses.replace(batch, tokens=dataclasses.replace(batch.tokens, response_mask=mask))
-    if method.reads == "comparisons":
+    if method.reads in ("comparisons", "corrections"):
         wanted = means_and_gradient(method, models, empty)
         pair = {"chosen": torch.cat([batch.chosen, torch.tensor([3])]), "weight": torch.ones(7)}
         pair["weight"][:6] = batch.weight

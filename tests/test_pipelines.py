@@ -57,7 +57,7 @@ def with_responses(monkeypatch):
 def test_the_quickstart_is_built_in_and_every_stage_of_it_is_in_order():
     assert "quickstart" in built_in()
     recipe = read_recipe("quickstart", overrides=["seed=1", "ppo.method.kl_coef=0.125"], out="somewhere")
-    assert [s.do for s in recipe.steps].count("train") == 3
+    assert [s.do for s in recipe.steps].count("train") == 4
     for step in recipe.steps:
         check_stage(step)
     ppo = next(s for s in recipe.steps if s.name == "ppo").settings.values

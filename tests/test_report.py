@@ -9,7 +9,9 @@ import pytest
 
 from palate.errors import RunError
 from palate.evaluation.reward_model import Bin, evaluate_reward_model
+from palate.evaluation.statistics import Interval
 from palate.report.charts import Curve, distribution_chart, line_chart, reliability_chart, running_mean
+from palate.report.frontier_chart import Dot, Family, frontier_chart
 from palate.report.metrics import curve, metric_charts, read_metrics
 from palate.report.page import (
     Headline,
@@ -151,6 +153,42 @@ def test_special_charts_draw():
     chart = distribution_chart("Gold", "", {"SFT": [0.0, 1.0, 1.0], "PPO": [2.0, 2.0, 2.0]})
     assert "SFT" in chart and "PPO" in chart
     assert "<svg" in distribution_chart("Gold", "", {"all alike": [2.0, 2.0]})
+
+
+def frontier(*families, **more):
+    return frontier_chart("Gold against KL", "", families, across="KL", up="gold", **more)
+
+
+def test_the_frontier_names_every_dot_and_rings_the_best():
+    """A ring is a circle without filling, in the colour of the text: one for each dot that is best."""
+    dots = [
+        Dot(Interval(2.0, 1.5, 2.5), Interval(1.0, 0.5, 1.5), "beta 0.1", True),
+        Dot(4.0, 0.5, "beta 0.5", trail=[(0, 0)]),
+    ]
+    chart = frontier(Family("dpo", dots, joined=True), Family("", [Dot(0.0, 0.0, "reference")], quiet=True), root=True)
+    for word in ("beta 0.1", "beta 0.5", "reference", "Gold against KL", "chart wide"):
+        assert word in chart
+    ring = 'style="fill-opacity: 0; stroke: var(--ink)'
+    assert chart.count(ring) == 1 and ring not in frontier(Family("dpo", [Dot(4.0, 0.5, "beta 0.5")]))
+    assert not re.search(r"#0[1-4]0[1-4]0[1-4]", chart)
+
+
+def test_names_of_neighbours_do_not_cover_each_other():
+    """Two dots at one place: their names stand at different heights or sides."""
+    chart = frontier(Family("", [Dot(1.0, 1.0, "one name"), Dot(1.0, 1.0, "other name"), Dot(3.0, 2.0, "far")]))
+    places = re.findall(
+        r"<!-- ([a-z ]+) -->\s*<text[^>]*transform=\"([^\"]*)\"|<text[^>]*(?:x=\"([^\"]*)\" y=\"([^\"]*)\")[^>]*>([^<]*)<",
+        chart,
+    )
+    where = {p[0] or p[4]: p[1] or (p[2], p[3]) for p in places}
+    assert where["one name"] != where["other name"]
+
+
+def test_many_families_have_one_colour_and_no_legend():
+    few = frontier(*(Family(f"f{i}", [Dot(float(i), 1.0)]) for i in range(4)))
+    many = frontier(*(Family(f"f{i}", [Dot(float(i), 1.0)]) for i in range(5)))
+    assert ">f3</text>" in few and "var(--series-4)" in few
+    assert ">f3</text>" not in many and "var(--series-2)" not in many
 
 
 def test_known_metrics_are_drawn_others_folded_and_clocks_left_out(tmp_path):

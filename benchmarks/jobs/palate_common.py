@@ -1,11 +1,14 @@
-"""What the three palate scripts share: the settings of a run, and the loop with a probe in it."""
+"""What the palate scripts share: the settings of a run, and the loop with a probe in it."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from probe import Probe
+
+HERE = Path(__file__).parent
 
 
 def arguments() -> argparse.Namespace:
@@ -32,6 +35,7 @@ def measure(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     from palate.config import load_settings
+    from palate.stage.reference_cache import reference_asked_once
     from palate.stage.run import load_stage, loop_run
     from palate.training.loop import train
 
@@ -46,13 +50,13 @@ def measure(
         **more,
     }
     stage = load_stage(load_settings(name, settings=settings), say=print)
-    run = loop_run(stage)
-    run.folder.mkdir(parents=True)
+    stage.config.out.mkdir(parents=True)
+    run = loop_run(reference_asked_once(stage, print))
     losses = []
     probe.begin()
     for metrics in train(run):
         probe.tokens(passes * metrics["tokens/all"])
-        if name == "ppo":
+        if run.rollout is not None:
             for phase, lap in (("generation", "rollout"), ("scoring", "prepare"), ("update", "update")):
                 probe.add(phase, metrics[f"time/{lap}"])
         losses.append(metrics.get("loss/policy", metrics["loss"]))

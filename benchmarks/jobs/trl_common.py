@@ -1,4 +1,4 @@
-"""What the three TRL scripts share: the command line, plain fp32 settings, and hooks that count and time."""
+"""What the TRL scripts share: the command line, plain fp32 settings, and hooks that count and time."""
 
 from __future__ import annotations
 
@@ -67,6 +67,17 @@ def count_tokens(probe: Probe, *, update_mark: bool = False) -> None:
         return forward(self, input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
 
     modeling_llama.LlamaModel.forward = counting
+
+
+def time_generation(trainer: Any, probe: Probe) -> None:
+    """Note the time in the trainer's own ``_generate``, where it samples the responses of a step."""
+    generate = trainer._generate
+
+    def timed(*positional: Any, **named: Any) -> Any:
+        with probe.phase("generation"):
+            return generate(*positional, **named)
+
+    trainer._generate = timed
 
 
 def losses(trainer: Any) -> list[float]:

@@ -18,9 +18,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from palate.cli_sweep import sweep
 from palate.errors import ConfigError, PalateError
 
-_RESUMABLE = ("train", "run")
+_RESUMABLE = ("train", "run", "sweep")
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # no bug of anybody's
 
 
@@ -312,6 +313,9 @@ def run(
         _print_json(result)
 
 
+app.command()(sweep)
+
+
 @app.command()
 def explain(
     method: Annotated[str, typer.Argument(help="reward, ppo, my_package.my_method; see: palate methods")],
@@ -339,12 +343,20 @@ def _shared_settings() -> dict[str, Any]:
 
 
 @app.command()
-def methods(as_json: JsonFlag = False) -> None:
-    """List the methods: paper, roles, data."""
+def methods(
+    reads: Annotated[str | None, typer.Option("--reads", help="Only those that read this kind of records.")] = None,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="Only those that can read this file.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """List the methods: paper, roles, data. To choose one: docs/choose.md."""
     from palate.api import explain as explanation_of
     from palate.lookup import method_names
 
-    found = [explanation_of(name) for name in method_names()]
+    kinds = _kinds(reads, data)
+    found = [each for each in map(explanation_of, method_names()) if kinds is None or each.reads in kinds]
+    if data is not None:
+        names = ", ".join(kinds or ()) or "no kind of records that palate knows"
+        typer.echo(f"{data} can be read as {names}", err=True)
     if as_json:
         _print_json([{k: v for k, v in each.to_dict().items() if k not in ("text", "settings")} for each in found])
     else:
@@ -353,21 +365,54 @@ def methods(as_json: JsonFlag = False) -> None:
         print_methods(found)
 
 
+def _kinds(reads: str | None, data: str | None) -> list[str] | None:
+    """The kinds of records that were asked for; None = all."""
+    if reads is None and data is None:
+        return None
+    from palate.data.formats.detect import check_kind
+    from palate.stage.records import kinds_of
+
+    if reads is not None:
+        check_kind(reads)
+    found = [reads] if reads is not None else []
+    return found if data is None else [kind for kind in kinds_of(data) if reads in (None, kind)]
+
+
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="Records in a public shape: file, or - for standard input.")],
     target: Annotated[str, typer.Argument(help="palate's own JSONL: file, or - for standard output.")] = "-",
     from_format: Annotated[
-        str, typer.Option("--from", help="trl, openai, sharegpt, alpaca, hh_rlhf, ...; or auto.")
+        str, typer.Option("--from", help="trl, openai, sharegpt, alpaca, hh_rlhf, ...; ratings; or auto.")
     ] = "auto",
     kind: Annotated[
-        str, typer.Option("--kind", "-k", help="demonstrations, prompts, comparisons, rankings, or judgements.")
+        str,
+        typer.Option(
+            "--kind", "-k", help="demonstrations, prompts, comparisons, corrections, rankings, or judgements."
+        ),
     ] = "demonstrations",
+    top: Annotated[int, typer.Option(min=1, help="Rankings to judgements: the best so many are desirable.")] = 1,
+    bottom: Annotated[int, typer.Option(min=1, help="And the worst so many are undesirable.")] = 1,
+    good: Annotated[float | None, typer.Option(help="Ratings to judgements: desirable from here up.")] = None,
+    bad: Annotated[float | None, typer.Option(help="And undesirable from here down.")] = None,
 ) -> None:
-    """Convert records of a public shape to palate's own JSONL."""
-    from palate.data.formats import convert_file
+    """Convert records of a public shape to palate's own JSONL, or records of one kind to another.
 
-    report = convert_file(source, target, from_format, kind)
+    palate convert d.json demonstrations.jsonl --from sharegpt --kind demonstrations
+
+    Rankings and comparisons become judgements by --kind judgements (best and worst); ratings ({"prompt", "response",
+    "rating"}) rankings by --from ratings --kind rankings, judgements by --from ratings --kind judgements --good 4 --bad 2.
+    """
+    if from_format == "ratings":
+        from palate.data.ratings import convert_ratings
+
+        report = convert_ratings(source, target, kind, good=good, bad=bad)
+    elif good is not None or bad is not None:
+        raise ConfigError("--good and --bad are for ratings. Give --from ratings.")
+    else:
+        from palate.data.derive import convert_between
+
+        report = convert_between(source, target, from_format, kind, top=top, bottom=bottom)
     typer.echo(str(report), err=True)
 
 

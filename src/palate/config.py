@@ -6,7 +6,7 @@ range are refused with the key, the place where it was written, what was found a
 settings are written to the run's ``config.yaml``, which is itself a settings file.
 
 Short forms: ``method: reward`` for ``method.name``, ``data: file.jsonl`` for ``data.train``, ``lora: true`` for LoRA
-with its defaults, ``seed`` for ``training.seed``.
+with its defaults, ``environment: module:name`` for ``environment.function``, ``seed`` for ``training.seed``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError, field_validator
 
+from palate.environment import EnvironmentSettings
 from palate.errors import ConfigError
 from palate.generation.settings import SamplingSettings
 from palate.lookup import method_class
@@ -108,6 +109,11 @@ class RunConfig(BaseModel):
         description="frozen reference; null = the model as it is before training (with LoRA: adapter off). For a reward "
         "method: whose samples its scores are normalised on; null = on the responses of the records",
     )
+    reference_cache: str = Field(
+        "auto",
+        description="where the log-probs of a frozen reference are kept, computed once before training: a folder, "
+        '"auto" (PALATE_CACHE, else the user\'s cache folder), or "off" = the reference is asked in every batch',
+    )
     reward: str | dict[str, Any] | list[Any] | None = Field(
         None,
         description="a reward model's folder, a classifier, a function module:name, a check, a service, an ensemble, or a "
@@ -123,6 +129,9 @@ class RunConfig(BaseModel):
     device: str = Field("auto", description='"cpu", "cuda", "cuda:1"; "auto" = cuda where there is one')
     data: DataSettings = Field(default_factory=DataSettings)
     sampling: SamplingSettings = Field(default_factory=SamplingSettings)
+    environment: EnvironmentSettings | None = Field(
+        None, description="what answers the policy in conversations of several turns; null = one response a prompt"
+    )
     samples_per_prompt: int = Field(1, ge=1, description="responses drawn for each prompt")
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     trackers: list[str] = Field(
@@ -143,6 +152,13 @@ class RunConfig(BaseModel):
     @classmethod
     def _reward_in_full(cls, value: Any) -> Any:
         return spelled_out(value, "reward")
+
+    @field_validator("reference_cache", mode="before")
+    @classmethod
+    def _yaml_switch(cls, value: Any) -> Any:
+        if value == "":
+            raise ConfigError('reference_cache: found \'\', expected "auto", "off" or a folder.')
+        return {False: "off", True: "auto"}[value] if isinstance(value, bool) else value  # YAML reads off as false
 
     @field_validator("trackers", mode="before")
     @classmethod
@@ -376,11 +392,19 @@ def _at(layer: Layer, key: str) -> str:
     return f"{place}: " if place else ""
 
 
+_SHORT = {
+    "method": "method.name",
+    "data": "data.train",
+    "environment": "environment.function",
+    "seed": "training.seed",
+}
+
+
 def long_forms(layer: Layer) -> Layer:
     """The short forms, spelled out."""
     values, places = dict(layer.values), dict(layer.places)
-    for short, long in (("method", "method.name"), ("data", "data.train"), ("seed", "training.seed")):
-        if short in values and not isinstance(values[short], Mapping):
+    for short, long in _SHORT.items():
+        if short in values and not isinstance(values[short], Mapping) and (short, values[short]) != ("environment", None):
             value, place = values.pop(short), places.pop(short, "")
             section = long.partition(".")[0]
             if section in values:

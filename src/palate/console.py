@@ -134,19 +134,24 @@ def _methods_table(found: Sequence[Explanation]) -> Table:
 
 
 def print_check(found: Checked) -> None:
-    """Tokens: green = trained, dim = seen and masked; without colours, [[trained]]. A line break is shown as its sign."""
+    """Tokens: green = trained, yellow = trained and of what was changed, dim = seen and masked; without colours,
+    [[trained]] and <<changed>>. A line break is shown as its sign.
+    """
     out = Console(highlight=False)
     plain = out.color_system is None or out.no_color
     if found.report:
         out.print(found.report, markup=False)
     for row in found.rows:
-        out.print(
-            f"\n{row.source}: {sum(row.trained)} of {len(row.trained)} tokens are trained", style="bold", markup=False
-        )
+        changed = "" if row.changed is None else f", {sum(row.changed)} of them changed"
+        counts = f"{sum(row.trained)} of {len(row.trained)} tokens are trained{changed}"
+        out.print(f"\n{row.source}: {counts}", style="bold", markup=False)
         out.print(_tokens(row, plain), soft_wrap=True)
     if found.rows:
         trained = "[[trained]]" if plain else "trained"
-        out.print(Text.assemble("\n", (trained, "black on green"), "  ", ("masked: seen, not trained", "dim")))
+        legend = Text.assemble("\n", (trained, "black on green"), "  ")
+        if any(row.changed is not None for row in found.rows):
+            legend.append("<<changed>>" if plain else "changed", "black on yellow").append("  ")
+        out.print(legend.append("masked: seen, not trained", "dim"))
     for finding in found.findings:
         out.print(f"found: {finding}", style="yellow", markup=False)
     if not found.template:
@@ -158,11 +163,15 @@ def print_check(found: Checked) -> None:
 
 def _tokens(row: ShownRow, plain: bool) -> Text:
     line = Text()
-    before, after = [False, *row.trained[:-1]], [*row.trained[1:], False]
-    for token, trained, was, will_be in zip(row.tokens, row.trained, before, after, strict=True):
-        line.append("[[" if plain and trained and not was else "")
-        line.append(token.replace("\n", "⏎\n"), style="black on green" if trained else "dim")
-        line.append("]]" if plain and trained and not will_be else "")
+    changed = row.changed or [False] * len(row.tokens)
+    signs = ((row.trained, "[[", "]]"), (changed, "<<", ">>")) if plain else ()
+    for i, token in enumerate(row.tokens):
+        for marked, opening, _ in signs:
+            line.append(opening if marked[i] and not any(marked[i - 1 : i]) else "")
+        style = "black on yellow" if changed[i] else "black on green" if row.trained[i] else "dim"
+        line.append(token.replace("\n", "⏎\n"), style=style)
+        for marked, _, closing in reversed(signs):
+            line.append(closing if marked[i] and not any(marked[i + 1 : i + 2]) else "")
         line.append("|" if not token.endswith("\n") else "", style="dim")
     return line
 

@@ -91,6 +91,11 @@ def require_all(config: RunConfig) -> None:
             f"{config.method.name} compares the responses to one prompt with each other. samples_per_prompt: found "
             f"{config.samples_per_prompt}, expected 2 or more; {group_size} unless it is set."
         )
+    if config.environment is not None and method.reads != "prompts":
+        raise ConfigError(
+            f"environment: {config.method.name} samples nothing, so there is nobody to answer. Leave it out, or take a method "
+            "that reads prompts."
+        )
     if isinstance(config.model, dict) and config.tokenizer is None:
         raise ConfigError("a model from scratch has no tokenizer of its own. Give --tokenizer FOLDER.")
 
@@ -122,6 +127,21 @@ def _the_same(config: RunConfig, name: str, why: str) -> RunConfig:
     )
 
 
+def _of_all_turns(config: RunConfig) -> RunConfig:
+    """A method that counts tokens against the most that there can be: ``sampling.max_new_tokens`` is that of one turn."""
+    assert config.environment is not None
+    most = config.sampling.max_new_tokens * config.environment.max_turns
+    mine = getattr(config.method.settings, "max_new_tokens", most)
+    if mine == most:
+        return config
+    if config.is_default("method.max_new_tokens"):
+        return config.fill("method.max_new_tokens", most, "sampling.max_new_tokens * environment.max_turns")
+    raise ConfigError(
+        f"method.max_new_tokens ({mine}) is not sampling.max_new_tokens * environment.max_turns ({most}), the most tokens of "
+        "a conversation. Set the latter two only."
+    )
+
+
 def _for_sampling(config: RunConfig) -> RunConfig:
     """The method's temperature and length are the sampler's; the response's room is kept free in the prompt."""
     method = config.method.settings
@@ -129,7 +149,9 @@ def _for_sampling(config: RunConfig) -> RunConfig:
     if config.is_default("samples_per_prompt") and config.samples_per_prompt != group_size:
         config = config.fill("samples_per_prompt", group_size, f"default: {config.method.name}")
     for name, why in _SAME_IN_SAMPLING.items():
-        if hasattr(method, name):
+        if name == "max_new_tokens" and config.environment is not None:
+            config = _of_all_turns(config)
+        elif hasattr(method, name):
             config = _the_same(config, name, why)
     length = config.data.max_length or 0
     if config.data.max_prompt_length is None:

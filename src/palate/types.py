@@ -78,8 +78,9 @@ class Tokens:
         group: int64 [N], rows with equal numbers answer the same prompt; ascending.
         extras: further facts about rows, each a tensor or sequence of length N, carried along untouched. Known names:
             ``finished`` bool [N], the response ended with a stop token; ``sampler_logprobs`` float [N, T], what the
-            sampler said when it drew the token; ``records``, the prompt's record of each row; ``drawn_by``, who drew
-            each row, where it was not the policy alone (``training.rollouts``).
+            sampler said when it drew the token; ``changed`` bool [N, T], a token of what a correction changed;
+            ``records``, the prompt's record of each row; ``drawn_by``, who drew each row, where it was not the policy
+            alone (``training.rollouts``).
     """
 
     ids: Tensor
@@ -199,12 +200,14 @@ class Judgements(_Rows):
         desirable: bool [N].
         reference_logprobs: float [N], filled by ``prepare``.
         kl: float [N] or None, the batch's divergence as one number a row; filled by ``prepare`` (KTO).
+        rewards: float [N] or None, implicit rewards of the policy as it is; filled by ``prepare`` (BCO).
     """
 
     tokens: Tokens
     desirable: Tensor
     reference_logprobs: Tensor | None = None
     kl: Tensor | None = None
+    rewards: Tensor | None = None
     metrics: Mapping[str, Mean] = field(default_factory=dict)
 
 
@@ -270,16 +273,18 @@ class Models:
 class Method(Protocol):
     """What the loop asks of a method. For the type checker: nothing inherits from it.
 
-    ``needs`` and ``trains`` name roles. ``reads`` names the records: "demonstrations", "comparisons", "rankings",
-    "judgements" or "prompts"; a method that reads prompts is handed sampled ``Tokens``. Where a setting decides whether
-    a role is needed, the class says what the defaults need and an instance what it needs itself.
+    ``needs`` and ``trains`` name roles. ``reads`` names the records: "demonstrations", "comparisons", "corrections",
+    "rankings", "judgements" or "prompts"; a method that reads prompts is handed sampled ``Tokens``. Where a setting
+    decides whether a role is needed, the class says what the defaults need and an instance what it needs itself.
 
     What a method may have besides: ``refuses``, names of facts about pairs ("margin", "probability") that its loss has
-    no place for; ``at_reference()``, what its metrics are while policy and reference are the same weights; ``adapt``,
-    ``stop`` and ``finished``; ``group_size``, responses to a prompt unless ``samples_per_prompt`` is set, and above 1 of
-    a method that cannot do with one; ``refills``, how often a batch may be filled up with further prompts when
-    ``prepare`` leaves groups out; ``drawn_by``, who draws the responses to each prompt, where that is not the policy
-    alone, and ``mixture``, the reference's share in a mixture (``training.rollouts``; docs/decisions/0002).
+    no place for; ``asks_reference``, "rows" = nothing but the summed log-probs of the batch's own rows, which are then
+    computed once before training, "rows and more" = other things too; ``at_reference()``, what its metrics are while
+    policy and reference are the same weights; ``adapt``, ``stop`` and ``finished``; ``trust_region``, how far the policy
+    may move at once (``training.trust_region``); ``group_size``, responses to a prompt unless ``samples_per_prompt`` is
+    set, and above 1 of a method that cannot do with one; ``refills``, how often a batch may be filled up with further
+    prompts when ``prepare`` leaves groups out; ``drawn_by``, who draws the responses to each prompt, where that is not
+    the policy alone, and ``mixture``, the reference's share in a mixture (``training.rollouts``; docs/decisions/0002).
     """
 
     needs: tuple[str, ...]

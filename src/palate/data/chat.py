@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os.path
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from palate.data.kinds import Conversation, PromptText
+from palate.data.kinds import Conversation, Message, PromptText, Spans
+from palate.data.segments import changed_tokens, moved_spans
 from palate.data.template import MARK, default_template, find_template, render, shape_of
 from palate.data.tokenizing import Tokenizing, common
 from palate.errors import ConfigError, DataError, ModelError
@@ -29,12 +30,14 @@ class Encoded:
         responses: ids of each response, its stop token at the end.
         rewritten: for each response, whether the template would have lost text of it or would not continue the
             prompt, so that the text was put after the prompt as it is.
+        changed: for each response, which of its ids stand in a marked span; empty when no spans were given.
     """
 
     prompt: list[int]
     prompt_mask: list[bool]
     responses: list[list[int]]
     rewritten: list[bool]
+    changed: list[list[bool]] = field(default_factory=list)
 
 
 class Chat:
@@ -121,8 +124,13 @@ class Chat:
         prompts: Sequence[PromptText],
         responses: Sequence[Sequence[str]],
         every_turn: Sequence[bool] | None = None,
+        spans: Sequence[Sequence[Spans]] | None = None,
     ) -> list[Encoded]:
-        """``encode`` for many prompts with any number of responses each, at the tokenizer's own speed."""
+        """``encode`` for many prompts with any number of responses each, at the tokenizer's own speed.
+
+        Args:
+            spans: of each response's text, (start, end) in characters: which tokens are there is found, too.
+        """
         texts = [self.prompt_text(prompt) for prompt in prompts]
         prompt_ids = self._prompt_ids(prompts, texts)
         written = [
@@ -130,9 +138,10 @@ class Chat:
             for prompt, text, several in zip(prompts, texts, responses, strict=True)
         ]
         contexts = [text for text, several in zip(texts, written, strict=True) for _ in several]
-        ids = iter(
-            self._tokenizing.continuations(contexts, [response for several in written for response, _ in several])
-        )
+        flat = [response for several in written for response, _ in several]
+        found_ids = self._tokenizing.continuations(contexts, flat)
+        places = iter(self._tokenizing.places(contexts, flat, found_ids) if spans is not None else ())
+        ids = iter(found_ids)
         stop = list(self.stop_token_ids[:1])
         found = []
         for i, several in enumerate(written):
@@ -140,8 +149,44 @@ class Chat:
             if every_turn is not None and every_turn[i]:
                 mask = self._earlier_turns(prompts[i], texts[i], prompt_ids[i])
             rows = [next(ids) + stop for _ in several]
-            found.append(Encoded(prompt_ids[i], mask, rows, [rewritten for _, rewritten in several]))
+            changed = []
+            for response, (text, _), marked in zip(responses[i], several, spans[i] if spans else (), strict=False):
+                moved = moved_spans(marked, response, text, self._shape.opening)
+                changed.append(changed_tokens(next(places), moved, then=len(stop)))
+            found.append(Encoded(prompt_ids[i], mask, rows, [rewritten for _, rewritten in several], changed))
         return found
+
+    def encode_reply(self, prompt: PromptText, turns: Sequence[Message]) -> list[int]:
+        """The ids between two of the policy's turns: a reply as the template writes it, and the next generation prompt.
+
+        Everything before is left as the ids that it is; nothing is tokenised twice.
+
+        Args:
+            prompt: the conversation's beginning.
+            turns: what was said since; the last is the reply, the one before it the policy's turn, whose ids end with
+                its stop token (or were cut where there is none).
+        Raises:
+            ModelError: the template leaves out the policy's turn or the reply, or the reply has no token.
+            DataError: the template refuses the conversation.
+        """
+        *before, said, reply = turns
+        if self._is_plain(prompt):
+            context = str(prompt) + "".join(turn["content"] for turn in (*before, said))
+            ids = self._tokenizing.continuations([context], [reply["content"]])[0]
+            if not ids:
+                raise ModelError("the reply to the policy is an empty text, which no token of plain text can stand for.")
+            return ids
+        marked = [*self.messages(prompt), *before, {**said, "content": MARK}, reply]
+        _, found, after = render(self.tokenizer, self.conversation_template, marked, respond=True).partition(MARK)
+        if not found or _squeezed(reply["content"]) not in _squeezed(after):
+            lost = f"the {reply['role']} turn after it" if found else "the assistant's turn once another follows"
+            raise ModelError(
+                f"the chat template leaves out {lost}, so no conversation can go on. Give a template that writes it, "
+                'e.g. chat_template: "default".'
+            )
+        end = self._shape.closing + self._shape.stop_text
+        context = said["content"] + end
+        return self._tokenizing.continuations([context], [after.removeprefix(end)])[0]
 
     # -- to text -----------------------------------------------------------------------------------------------------
 

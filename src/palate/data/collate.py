@@ -31,16 +31,19 @@ def collate(items: Sequence[Item], kind: str) -> Tokens | Comparisons | Rankings
     Returns:
         ``Tokens`` for prompts and demonstrations, else the kind's batch, on the CPU. Rows stand in the order of the
         items, items have the group numbers 0..n-1, padding is 0. ``tokens.extras`` holds "finished" (bool [N]: the
-        response was not cut) and "records" (one a row).
+        response was not cut) and "records" (one a row), and of corrections "changed" (bool [N, T]: a token of what was
+        changed). ``reference_logprobs`` is filled where every row knows its own.
     """
     check_kind(kind)
     tokens = _tokens(items)
     if kind in ("prompts", "demonstrations"):
         return tokens
+    known = _reference_logprobs(items)
     if kind == "rankings":
-        return Rankings(tokens, torch.tensor([rank for item in items for rank in item.ranks], dtype=torch.int64))
+        return Rankings(tokens, torch.tensor([rank for item in items for rank in item.ranks], dtype=torch.int64), known)
     if kind == "judgements":
-        return Judgements(tokens, torch.tensor([good for item in items for good in item.desirable], dtype=torch.bool))
+        desirable = torch.tensor([good for item in items for good in item.desirable], dtype=torch.bool)
+        return Judgements(tokens, desirable, known)
     first, pairs = 0, []
     for item in items:
         pairs += [(first + pair.chosen, first + pair.rejected, pair) for pair in item.pairs]
@@ -52,7 +55,13 @@ def collate(items: Sequence[Item], kind: str) -> Tokens | Comparisons | Rankings
         weight=torch.tensor([pair.weight for _, _, pair in pairs], dtype=torch.float32),
         probability=_filled([pair.probability for _, _, pair in pairs], 1.0),
         margin=_filled([pair.margin for _, _, pair in pairs], 0.0),
+        reference_logprobs=known,
     )
+
+
+def _reference_logprobs(items: Sequence[Item]) -> Tensor | None:
+    values = [row.reference_logprob for item in items for row in item.rows]
+    return None if any(value is None for value in values) else torch.tensor(values, dtype=torch.float32)
 
 
 def _filled(values: Sequence[float | None], missing: float) -> Tensor | None:
@@ -67,10 +76,13 @@ def _tokens(items: Sequence[Item]) -> Tokens:
     lengths = np.array([len(row.ids) for row in rows])
     width = max(1, int(lengths.max()))
     ids = np.zeros((len(rows), width), dtype=np.int64)
-    response = np.zeros((len(rows), width), dtype=np.bool_)
+    response, changed = np.zeros((2, len(rows), width), dtype=np.bool_)
     for i, row in enumerate(rows):
         ids[i, : len(row.ids)] = row.ids
         response[i, : len(row.ids)] = row.response_mask
+        if row.changed is not None:
+            changed[i, : len(row.ids)] = row.changed
+    marked = {"changed": torch.from_numpy(changed)} if any(row.changed is not None for row in rows) else {}
     return Tokens(
         ids=torch.from_numpy(ids),
         attention_mask=torch.from_numpy(np.arange(width) < lengths[:, None]),
@@ -79,5 +91,6 @@ def _tokens(items: Sequence[Item]) -> Tokens:
         extras={
             "finished": torch.tensor([row.finished for row in rows], dtype=torch.bool),
             "records": [item.record for item in items for _ in item.rows],
+            **marked,
         },
     )

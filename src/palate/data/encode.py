@@ -19,10 +19,13 @@ from palate.data.kinds import (
     PromptText,
     Ranking,
     Record,
+    SegmentedComparison,
+    Spans,
     at,
     prompt_key,
 )
 from palate.data.ranking import ordered_pairs
+from palate.data.segments import found_spans
 from palate.data.truncate import check_lengths, cut_prompt, prompt_room
 from palate.errors import DataError
 
@@ -30,9 +33,10 @@ MAX_ROWS = 16  # rows an item of merged comparisons holds at most; an item is ne
 _CHUNK = 1000  # groups tokenised at a time
 
 _READS: dict[str, tuple[type, ...]] = {
-    "prompts": (Prompt, Demonstration, Comparison, Ranking, Judgement),
+    "prompts": (Prompt, Demonstration, Comparison, SegmentedComparison, Ranking, Judgement),
     "demonstrations": (Demonstration,),
     "comparisons": (Comparison, Ranking),
+    "corrections": (SegmentedComparison,),
     "rankings": (Ranking,),
     "judgements": (Judgement,),
 }
@@ -54,6 +58,7 @@ class _Group:
     sources: list[str] = field(default_factory=list)
     pairs: list[tuple[Record, Pair]] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
+    spans: tuple[Spans, ...] | None = None  # of each text
 
     def row(self, text: str, source: str, *, merge: bool = True) -> int:
         """The number of a text's row, which is new unless the text is already there."""
@@ -76,7 +81,8 @@ def encode_records(
     """Tokenise records and make them fit.
 
     Comparisons of one prompt become one item in which every distinct response stands once (at most 16 rows; more make
-    further items). A ranking is one item with all its untied pairs, each of weight 1/(number of pairs).
+    further items). A ranking is one item with all its untied pairs, each of weight 1/(number of pairs). A correction is
+    one item of two rows, whose changed tokens are marked.
 
     Args:
         records: of the kind; "comparisons" takes ``Ranking`` records too, "prompts" any record.
@@ -134,6 +140,9 @@ def _groups(records: Sequence[Record], report: EncodeReport) -> Iterator[_Group]
             groups += [group] if group is not None else []
         elif isinstance(record, Comparison):
             _add_comparison(record, merged, groups, report)
+        elif isinstance(record, SegmentedComparison):
+            group = _correction(record, report)
+            groups += [group] if group is not None else []
         elif isinstance(record, Demonstration | Judgement):
             if not record.response.strip():
                 report.drop(EMPTY, record.source)
@@ -178,10 +187,24 @@ def _add_comparison(record: Comparison, merged: dict[str, _Group], groups: list[
     group.records.append(record)
 
 
+def _correction(record: SegmentedComparison, report: EncodeReport) -> _Group | None:
+    """Not merged with others of its prompt: the same text may be changed in other places there."""
+    texts = [record.chosen, record.rejected]
+    if not all(text.strip() for text in texts):
+        report.drop(EMPTY, record.source)
+        return None
+    if record.chosen == record.rejected:
+        report.drop(SAME, record.source)
+        return None
+    pairs: list[tuple[Record, Pair]] = [(record, Pair(0, 1))]
+    return _Group(record.prompt, texts, [record.source] * 2, pairs, [record], found_spans(record))
+
+
 def _encoded(chat: Chat, groups: Sequence[_Group]) -> list[Encoded]:
     every_turn = [isinstance(g.records[0], Demonstration) and g.records[0].every_turn for g in groups]
+    marked = [g.spans for g in groups if g.spans is not None]  # of all of them, or of none
     try:
-        return chat.encode_many([g.prompt for g in groups], [g.texts for g in groups], every_turn)
+        return chat.encode_many([g.prompt for g in groups], [g.texts for g in groups], every_turn, marked or None)
     except DataError:
         # One of them cannot be written; again one by one, to say which.
         for group, every in zip(groups, every_turn, strict=True):
@@ -219,11 +242,19 @@ class _Fit:
                 prompt, mask = cut_prompt(self.chat, group.prompt, prompt, mask, room)
                 self.report.truncated_prompt += 1
             left = self.max_length - len(prompt)
-        made = zip(responses, group.sources, encoded.rewritten, strict=True)
-        return [self._row(prompt, mask, ids, left, source, rewritten) for ids, source, rewritten in made]
+        changed: list[list[bool] | None] = [*encoded.changed] or [None] * len(responses)
+        made = zip(responses, group.sources, encoded.rewritten, changed, strict=True)
+        return [self._row(prompt, mask, ids, left, source, *facts) for ids, source, *facts in made]  # type: ignore
 
     def _row(
-        self, prompt: list[int], mask: list[bool], ids: list[int], left: int, source: str, rewritten: bool
+        self,
+        prompt: list[int],
+        mask: list[bool],
+        ids: list[int],
+        left: int,
+        source: str,
+        rewritten: bool,
+        changed: list[bool] | None,
     ) -> Row | str:
         cut = len(ids) > left
         if cut and self.truncate == "drop":
@@ -240,13 +271,16 @@ class _Fit:
             np.array([*mask, *[True] * len(kept)], dtype=np.bool_),
             source,
             finished=not cut and bool(stops),
+            changed=None if changed is None else np.array([*[False] * len(prompt), *changed[: len(kept)]], np.bool_),
         )
 
 
 def _item(group: _Group, rows: list[Row | str], report: EncodeReport) -> Item | None:
     """The item of a group without the rows that could not be made; None, and a count, when nothing is left."""
     record = group.records[0]
-    if isinstance(record, Comparison) or (isinstance(record, Ranking) and report.kind == "comparisons"):
+    if isinstance(record, Comparison | SegmentedComparison) or (
+        isinstance(record, Ranking) and report.kind == "comparisons"
+    ):
         return _pairs_item(group, rows, report)
     number = {i: n for n, i in enumerate(i for i, row in enumerate(rows) if isinstance(row, Row))}
     lost = next((row for row in rows if isinstance(row, str)), "")

@@ -19,12 +19,16 @@ class Row:
         response_mask: bool [T], True = a token that the policy answers for; never True in column 0.
         source: "file:line" of the record.
         finished: the response ends with its stop token (it was not cut).
+        changed: bool [T], True = a token of what was changed; None where nothing says so (all but corrections).
+        reference_logprob: log p(response | prompt) of a frozen reference, nats; None = it is asked when it is needed.
     """
 
     ids: npt.NDArray[np.int32]
     response_mask: npt.NDArray[np.bool_]
     source: str = ""
     finished: bool = True
+    changed: npt.NDArray[np.bool_] | None = None
+    reference_logprob: float | None = None
 
 
 class Pair(NamedTuple):
@@ -43,7 +47,7 @@ class Item:
 
     Attributes:
         rows: the responses; for prompts one row without a response.
-        pairs: which row is better than which (comparisons).
+        pairs: which row is better than which (comparisons, corrections).
         ranks: one a row, 1 = best (rankings).
         desirable: one a row (judgements).
         record: the record that the rows came from, the first where several were merged.
@@ -115,7 +119,7 @@ class EncodeReport:
         return {"kind": self.kind, **numbers, **reasons, "warnings": list(self.warnings)}
 
     def __str__(self) -> str:
-        pairs = f"{self.pairs:,} pairs, " if self.kind == "comparisons" else ""
+        pairs = f"{self.pairs:,} pairs, " if self.kind in ("comparisons", "corrections") else ""
         rows = f"{self.rows:,} responses, " if self.kind != "prompts" else ""
         lines = [
             f"{self.read:,} {self.given or self.kind} read, {self.kept:,} kept: {self.items:,} prompts, {rows}{pairs}{self.tokens:,} tokens."

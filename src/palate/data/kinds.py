@@ -1,4 +1,4 @@
-"""The five kinds of records, each checked when it is made; ``records`` reads and writes them.
+"""The six kinds of records, each checked when it is made; ``records`` reads and writes them.
 
 A prompt is a plain string, or a conversation: a tuple of messages, each a dict with "role" and "content" (a string).
 Every record carries ``source``, "file:line", so that whatever is found wrong with it later can name the place.
@@ -17,8 +17,9 @@ from palate.errors import DataError
 Message = dict[str, Any]
 Conversation = tuple[Message, ...]
 PromptText = str | Conversation
+Spans = tuple[tuple[int, int], ...]
 
-KINDS = ("prompts", "demonstrations", "comparisons", "rankings", "judgements")
+KINDS = ("prompts", "demonstrations", "comparisons", "corrections", "rankings", "judgements")
 ROLES = ("system", "user", "assistant", "tool")
 
 # How a record of each kind looks in palate's own JSONL; shown in errors.
@@ -26,6 +27,7 @@ SHAPES = {
     "prompts": '{"prompt": ...}',
     "demonstrations": '{"prompt": ..., "response": "..."}',
     "comparisons": '{"prompt": ..., "chosen": "...", "rejected": "..."}',
+    "corrections": '{"prompt": ..., "chosen": "...", "rejected": "...", "chosen_spans"?: [[0, 3]], "rejected_spans"?: [[0, 3]]}',
     "rankings": '{"prompt": ..., "responses": ["...", "..."], "ranks": [1, 2]}',
     "judgements": '{"prompt": ..., "response": "...", "desirable": true}',
 }
@@ -110,6 +112,38 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class SegmentedComparison:
+    """A response and its correction: a comparison that says where the two differ.
+
+    Attributes:
+        prompt: text or conversation.
+        chosen: the corrected text.
+        rejected: the text before.
+        chosen_spans, rejected_spans: what was changed, (start, end) in characters of that text, 0 <= start <= end <=
+            length; start == end is a seam, where something was taken out. None = found by a diff of the two texts
+            (``segments.found_spans``). Kept in order, overlapping and touching ones as one.
+        annotator: who said so, or None.
+        source: "file:line".
+    """
+
+    prompt: PromptText
+    chosen: str
+    rejected: str
+    chosen_spans: Spans | None = None
+    rejected_spans: Spans | None = None
+    annotator: str | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", _checked_prompt(self.prompt, self.source))
+        for name in ("chosen", "rejected"):
+            text, spans = getattr(self, name), getattr(self, f"{name}_spans")
+            _check_text(text, f'"{name}"', self.source)
+            object.__setattr__(self, f"{name}_spans", _checked_spans(spans, f'"{name}_spans"', len(text), self.source))
+        _check_annotator(self.annotator, self.source)
+
+
+@dataclass(frozen=True)
 class Ranking:
     """Several responses to a prompt, in order of preference.
 
@@ -169,7 +203,7 @@ class Judgement:
         _check_annotator(self.annotator, self.source)
 
 
-Record = Prompt | Demonstration | Comparison | Ranking | Judgement
+Record = Prompt | Demonstration | Comparison | SegmentedComparison | Ranking | Judgement
 
 
 def at(source: str, message: str) -> str:
@@ -227,6 +261,34 @@ def _checked_list(value: Any, name: str, source: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         raise DataError(at(source, f"{name} is {describe(value)}. Expected a list."))
     return tuple(value)
+
+
+def _checked_spans(value: Any, name: str, length: int, source: str) -> Spans | None:
+    """In order; those that overlap or touch are one, for both say that the same characters were changed."""
+    if value is None:
+        return None
+    checked = [
+        _checked_span(span, f"{name}[{i}]", length, source) for i, span in enumerate(_checked_list(value, name, source))
+    ]
+    found: list[tuple[int, int]] = []
+    for start, end in sorted(checked, key=lambda span: (span[0], -span[1])):
+        # A seam at the end of a span stays: it is about what follows the span.
+        if found and (start < found[-1][1] or start == found[-1][0] or start == found[-1][1] < end):
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((start, end))
+    return tuple(found)
+
+
+def _checked_span(span: Any, name: str, length: int, source: str) -> tuple[int, int]:
+    whole = isinstance(span, list | tuple) and all(isinstance(n, int) and not isinstance(n, bool) for n in span)
+    if not whole or len(span) != 2:
+        raise DataError(at(source, f"{name} is {describe(span)}. Expected [start, end], two whole numbers."))
+    if not 0 <= span[0] <= span[1] <= length:
+        text = name.split("_")[0].strip('"')
+        found = f'{name} is {list(span)}, and "{text}" has {length:,} characters'
+        raise DataError(at(source, f"{found}. Expected 0 <= start <= end <= {length}; end is the first one unchanged."))
+    return span[0], span[1]
 
 
 def _check_text(value: Any, name: str, source: str) -> None:

@@ -1,4 +1,4 @@
-"""From a ranking of K to its pairs, and the split of records by prompt."""
+"""From a ranking of K to its pairs or to judgements, from ratings to rankings, and the split of records by prompt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Literal, TypeVar
 
-from palate.data.kinds import Comparison, PromptText, Ranking, Record, at, prompt_key
+from palate.data.kinds import Comparison, Judgement, PromptText, Ranking, Record, at, prompt_key
 from palate.errors import ConfigError, DataError
 
 R = TypeVar("R", bound=Record)
@@ -50,6 +50,62 @@ def comparison_to_ranking(comparison: Comparison) -> Ranking:
             raise DataError(at(comparison.source, message + 'Train with method "reward", or remove the field.'))
     responses = (comparison.chosen, comparison.rejected)
     return Ranking(comparison.prompt, responses, (1, 2), annotator=comparison.annotator, source=comparison.source)
+
+
+def ranking_to_judgements(ranking: Ranking, *, top: int = 1, bottom: int = 1) -> list[Judgement]:
+    """The best of a ranking as desirable, the worst as undesirable; what stands between is left out.
+
+    The rule: a response is desirable when fewer than ``top`` others are better, undesirable when fewer than ``bottom``
+    others are worse; one that is both (all are tied, or K is small) says nothing and is left out. Being best of a poor lot
+    makes no response good: of what a rating says this keeps less (see ``ratings_to_judgements``), of what a thumb says
+    nothing at all.
+
+    >>> [(j.response, j.desirable) for j in ranking_to_judgements(Ranking("Hi", ("a", "b", "c"), (2, 1, 3)))]
+    [('b', True), ('c', False)]
+    >>> ranking_to_judgements(Ranking("Hi", ("a", "b"), (1, 1)))
+    []
+
+    Raises:
+        ConfigError: ``top`` or ``bottom`` below 1.
+    """
+    if top < 1 or bottom < 1:
+        raise ConfigError(f"top is {top}, bottom is {bottom}. Expected whole numbers of at least 1.")
+    found = []
+    for response, rank in zip(ranking.responses, ranking.ranks, strict=True):
+        good = sum(other < rank for other in ranking.ranks) < top
+        bad = sum(other > rank for other in ranking.ranks) < bottom
+        if good != bad:
+            found.append(Judgement(ranking.prompt, response, good, annotator=ranking.annotator, source=ranking.source))
+    return found
+
+
+def comparison_to_judgements(comparison: Comparison) -> list[Judgement]:
+    """Chosen as desirable, rejected as undesirable.
+
+    Raises:
+        DataError: it has a margin or a probability, for which a judgement has no place.
+
+    >>> [j.desirable for j in comparison_to_judgements(Comparison("Hi", "a", "b"))]
+    [True, False]
+    """
+    for name in ("margin", "probability"):
+        if getattr(comparison, name) is not None:
+            message = f'a comparison with a "{name}" cannot be read as two judgements, which have no place for it. '
+            raise DataError(at(comparison.source, message + "Remove the field, or train on comparisons."))
+    who, source = comparison.annotator, comparison.source
+    return [
+        Judgement(comparison.prompt, text, good, annotator=who, source=source)
+        for text, good in ((comparison.chosen, True), (comparison.rejected, False))
+    ]
+
+
+def ratings_to_ranks(ratings: Sequence[float]) -> tuple[int, ...]:
+    """Ranks of ratings, the highest first, equal ones tied: 1 + how many are higher.
+
+    >>> ratings_to_ranks([3.0, 5.0, 3.0, 1.0])
+    (2, 1, 2, 4)
+    """
+    return tuple(1 + sum(other > rating for other in ratings) for rating in ratings)
 
 
 def ordered_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:

@@ -20,6 +20,7 @@ from palate.data.kinds import (
     PromptText,
     Ranking,
     Record,
+    SegmentedComparison,
     prompt_key,
 )
 from palate.errors import ConfigError, DataError
@@ -35,6 +36,7 @@ __all__ = [
     "PromptText",
     "Ranking",
     "Record",
+    "SegmentedComparison",
     "prompt_key",
     "read_records",
     "write_records",
@@ -55,8 +57,9 @@ def read_records(
     Args:
         where: a .jsonl, .json, .parquet, .csv or .tsv file (text also with .gz), a folder of such files, "owner/name" or
             "owner/name:configuration" on the hub, or "-" for JSONL on standard input.
-        kind: "prompts", "demonstrations", "comparisons", "rankings" or "judgements". A file of rankings may be read as
-            comparisons and as prompts; "comparisons" then holds ``Ranking`` records.
+        kind: "prompts", "demonstrations", "comparisons", "corrections", "rankings" or "judgements". A file of rankings may
+            be read as comparisons and as prompts; "comparisons" then holds ``Ranking`` records. Comparisons may be read as
+            corrections, and corrections as comparisons (``segments``).
         format: a name of ``formats.FORMATS``, or "auto": the shape of the first record, which the others must share.
         split: which split of a folder or hub data set; single files have none.
         limit: at most so many records, from the beginning; >= 1, or None for all.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from palate.errors import ModelError
+
 # How much of a context's end is tokenised again together with what continues it. Tokens depend on a few characters
 # before them; the context's own ids are never changed.
 _CONTEXT = 64
@@ -49,6 +51,37 @@ class Tokenizing:
         for tail, text, ids in zip(tails, texts, joined, strict=True):
             head = heads[place[tail]]
             found.append(ids[len(head) :] if ids[: len(head)] == head else self._alone(text))
+        return found
+
+    def places(
+        self, contexts: Sequence[str], texts: Sequence[str], ids: Sequence[Sequence[int]]
+    ) -> list[list[tuple[int, int]]]:
+        """Where in its text each of the ids that ``continuations`` found stands: [start, end) in characters.
+
+        The tokens of a character that is several tokens all stand at that character.
+
+        Raises:
+            ModelError: a tokenizer written in Python, which does not say where its tokens come from.
+        """
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise ModelError(
+                f"{type(self.tokenizer).__name__} does not say which characters its tokens stand for, which records "
+                'with marked segments need. Load the model\'s "fast" tokenizer (a folder with tokenizer.json).'
+            )
+        tails = [context[-_CONTEXT:] for context in contexts]
+        found = []
+        for tail, text, own in zip(tails, texts, ids, strict=True):
+            # The same strings as in ``continuations``, in the same order; the text's own ids are the last.
+            for before in (tail, "\n", "a", ".", ""):
+                whole = self.tokenizer(
+                    before + text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+                )
+                first = len(whole["input_ids"]) - len(own)
+                if first >= 0 and whole["input_ids"][first:] == list(own):
+                    break
+            shift = len(before)
+            offsets = whole["offset_mapping"][first:]
+            found.append([(max(start - shift, 0), max(end - shift, 0)) for start, end in offsets])
         return found
 
     def _alone(self, text: str) -> list[int]:

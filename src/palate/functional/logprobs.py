@@ -1,4 +1,4 @@
-"""Log-probabilities and entropy from hidden states, without ever holding [N, T, V].
+"""Log-probabilities, entropy and KL from hidden states, without ever holding [N, T, V].
 
 The projection to the vocabulary is the largest tensor of a training step. Here it is made for a few hundred tokens at a
 time, used, and forgotten; the backward pass makes it again. What is kept for the backward is one number a token --
@@ -147,3 +147,139 @@ class _HeadLogprobs(torch.autograd.Function):
             None if bias_grad is None else bias_grad.to(bias.dtype),
             *(None,) * 5,
         )
+
+
+def logprobs_and_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    other_hidden: Tensor,
+    other_weight: Tensor,
+    *,
+    bias: Tensor | None = None,
+    other_bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    other_softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """log p at ``targets``, and KL(q || p), of p = softmax(hidden W^T / temperature) and q, the same of the other head.
+
+    Args:
+        hidden: [M, H], the state *before* each target token; with weight [V, H] and bias [V] or None.
+        targets: int64 [M].
+        other_hidden: [M, H'], the other model's states before the same tokens; with other_weight [V, H'] and other_bias.
+            They get no gradient.
+        temperature: of both distributions, > 0.
+        softcap, other_softcap: logits become softcap * tanh(logits / softcap) before the temperature, or None.
+
+    Returns:
+        log-probabilities [M] and KL [M] over the whole vocabulary, the expectation taken under q; nats, float32 (float64
+        for float64 input), differentiable once in hidden, weight and bias.
+    """
+    found: tuple[Tensor, Tensor] = _HeadKL.apply(  # type: ignore[no-untyped-call]
+        hidden,
+        weight,
+        bias,
+        targets,
+        other_hidden.detach(),
+        other_weight.detach(),
+        None if other_bias is None else other_bias.detach(),
+        temperature,
+        softcap,
+        other_softcap,
+    )
+    return found
+
+
+class _HeadKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        other_hidden: Tensor,
+        other_weight: Tensor,
+        other_bias: Tensor | None,
+        temperature: float,
+        softcap: float | None,
+        other_softcap: float | None,
+    ) -> tuple[Tensor, Tensor]:
+        weight_, bias_ = _as_states(hidden, weight, bias)
+        other_weight_, other_bias_ = _as_states(other_hidden, other_weight, other_bias)
+        chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+        empty = hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        logprobs, divergences, normalisers, other_normalisers = [empty], [empty], [empty], [empty]
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            log_p = _logits(hidden[rows], weight_, bias_, temperature, softcap)
+            log_q = _logits(other_hidden[rows], other_weight_, other_bias_, temperature, other_softcap)
+            normalisers.append(log_p.logsumexp(-1))
+            other_normalisers.append(log_q.logsumexp(-1))
+            log_p.sub_(normalisers[-1][:, None])
+            log_q.sub_(other_normalisers[-1][:, None])
+            logprobs.append(log_p.gather(-1, targets[rows, None]).squeeze(-1))
+            q = log_q.exp()
+            divergences.append(log_q.sub_(log_p).masked_fill_(q == 0, 0).mul_(q).sum(-1))  # 0 log 0 = 0
+        ctx.save_for_backward(
+            hidden,
+            weight,
+            bias,
+            targets,
+            other_hidden,
+            other_weight,
+            other_bias,
+            torch.cat(normalisers),
+            torch.cat(other_normalisers),
+        )
+        ctx.settings = (temperature, softcap, other_softcap, chunk)
+        return torch.cat(logprobs), torch.cat(divergences).to(empty.dtype)
+
+    @staticmethod
+    @once_differentiable  # a second derivative would be silently wrong
+    def backward(ctx: Any, logprob_grad: Tensor, kl_grad: Tensor) -> tuple[Tensor | None, ...]:
+        """d logp/d logit = onehot - p;   d KL(q || p)/d logit = p - q;   the chain through tanh and temperature."""
+        hidden, weight, bias, targets, other_hidden, other_weight, other_bias, normalisers, other_normalisers = (
+            ctx.saved_tensors
+        )
+        temperature, softcap, other_softcap, chunk = ctx.settings
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        weight_, bias_ = _as_states(hidden, weight, bias)
+        other_weight_, other_bias_ = _as_states(other_hidden, other_weight, other_bias)
+        hidden_grad = torch.empty_like(hidden) if wants_hidden else None
+        float_type = torch.promote_types(weight.dtype, torch.float32)
+        weight_grad = torch.zeros(weight.shape, dtype=float_type, device=weight.device) if wants_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=float_type) if wants_bias and bias is not None else None
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            log_p = _logits(hidden[rows], weight_, bias_, temperature, softcap)
+            slope = None if softcap is None else 1 - (log_p * (temperature / softcap)).square_()
+            q = _logits(other_hidden[rows], other_weight_, other_bias_, temperature, other_softcap)
+            q.sub_(other_normalisers[rows, None]).exp_()
+            p = log_p.sub_(normalisers[rows, None]).exp_()
+            # By difference first: where p is q nothing is left, however large the factors.
+            grad = (p - q.to(p.dtype)).mul_(kl_grad[rows, None]).sub_(p.mul_(logprob_grad[rows, None]))
+            grad.scatter_add_(-1, targets[rows, None], logprob_grad[rows, None].to(grad.dtype))
+            if temperature != 1.0:
+                grad.div_(temperature)
+            if slope is not None:
+                grad.mul_(slope)
+            if bias_grad is not None:
+                bias_grad += grad.sum(0)
+            low = grad.to(hidden.dtype)
+            if hidden_grad is not None:
+                torch.mm(low, weight_, out=hidden_grad[rows])
+            if weight_grad is not None:
+                weight_grad += low.T @ hidden[rows]
+        return (
+            hidden_grad,
+            None if weight_grad is None else weight_grad.to(weight.dtype),
+            None if bias_grad is None or bias is None else bias_grad.to(bias.dtype),
+            *(None,) * 7,
+        )
+
+
+def _as_states(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A head in the type of the states that it reads."""
+    return weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)

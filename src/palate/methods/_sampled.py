@@ -67,6 +67,8 @@ def rollout_metrics(
         metrics["kl/reference_k3"] = Mean.of(torch.where(mask, k3(logprobs, reference_logprobs), 0).sum(-1))
     if "finished" in tokens.extras:
         metrics["length/no_eos"] = Mean.of((~torch.as_tensor(tokens.extras["finished"])).float())
+    if "turns" in tokens.extras:
+        metrics["length/turns"] = Mean.of(torch.as_tensor(tokens.extras["turns"]).float())
     sampler = tokens.extras.get("sampler_logprobs")
     if isinstance(sampler, Tensor):
         metrics["kl/sampler"] = Mean.of(k3(sampler[mask], logprobs[mask]))

@@ -43,6 +43,7 @@ class APODown:
     needs = ("policy", "reference")
     trains = ("policy",)
     reads = "comparisons"
+    asks_reference = "rows"
     refuses = ("margin", "probability")
 
     def __post_init__(self) -> None:

@@ -27,9 +27,9 @@ from torch import Tensor
 from palate.errors import ConfigError, DataError
 from palate.methods.reward import reward_accuracy
 from palate.models.forward import response_logprobs
-from palate.types import Comparisons, Judgements, Mean, Models, Tokens
+from palate.types import Comparisons, Judgements, Mean, Models, Rankings, Tokens
 
-B = TypeVar("B", Comparisons, Judgements)
+B = TypeVar("B", Comparisons, Rankings, Judgements)
 
 
 def dpo_loss(
@@ -70,6 +70,7 @@ class DPO:
     needs = ("policy", "reference")
     trains = ("policy",)
     reads = "comparisons"
+    asks_reference = "rows"
     refuses = ("margin",)
 
     def __post_init__(self) -> None:
@@ -109,12 +110,14 @@ class DPO:
 
 
 def with_reference(models: Models, batch: B) -> B:
-    """The batch with the reference's summed log-probs of every row, [N]."""
+    """The batch with the reference's summed log-probs of every row, [N]; they may have been computed before training."""
+    if batch.reference_logprobs is not None:
+        return batch
     assert models.reference is not None
     return replace(batch, reference_logprobs=response_logprobs(models.reference, batch.tokens))
 
 
-def log_ratios(models: Models, batch: Comparisons | Judgements) -> tuple[Tensor, Tensor]:
+def log_ratios(models: Models, batch: Comparisons | Rankings | Judgements) -> tuple[Tensor, Tensor]:
     """(log pi(y|x), log pi(y|x)/pi_ref(y|x)) of every row, summed over the response; [N] each, nats."""
     assert models.policy is not None and batch.reference_logprobs is not None
     logprobs = response_logprobs(models.policy, batch.tokens)
@@ -164,19 +167,42 @@ def pair_metrics(rewards: Tensor, logprobs: Tensor, batch: Comparisons) -> dict[
     Args:
         rewards: implicit rewards of the rows, [N]; of a method without a reference: its score of a row.
         logprobs: of the policy, summed, [N], nats. Chosen ones that fall are likelihood displacement.
+
+    Lengths too; and of a reward against a reference, which begins at 0, how far it goes by length.
     """
     rewards, logprobs, weight = rewards.detach(), logprobs.detach(), pair_weight(batch)
     chosen, rejected = rewards[batch.chosen], rewards[batch.rejected]
     lead = chosen - rejected
     # Right is to agree with the likelier side, which below 1/2 is the "rejected" one.
     agrees = lead if batch.probability is None else torch.where(batch.probability < 0.5, -lead, lead)
-    return {
+    lengths = batch.tokens.response_mask.sum(-1).to(rewards.dtype)
+    metrics = {
         "reward/chosen": Mean.of(chosen, weight),
         "reward/rejected": Mean.of(rejected, weight),
         "reward/margin": Mean.of(lead, weight),
         "reward/accuracy": Mean.of(reward_accuracy(agrees), weight),
         "logprob/chosen": Mean.of(logprobs[batch.chosen], weight),
         "logprob/rejected": Mean.of(logprobs[batch.rejected], weight),
+        "length/chosen": Mean.of(lengths[batch.chosen], weight),
+        "length/rejected": Mean.of(lengths[batch.rejected], weight),
+    }
+    return metrics if batch.reference_logprobs is None else metrics | _length_metrics(lead, lengths, batch, weight)
+
+
+def _length_metrics(lead: Tensor, lengths: Tensor, batch: Comparisons, weight: Tensor) -> dict[str, Mean]:
+    """How far the reward goes by length, and how far the labels do; over the pairs whose sides differ in length.
+
+    The slope is that of least squares within pairs, sum(w dr dl) / sum(w dl^2), in reward units a token.
+    """
+    longer = lengths[batch.chosen] - lengths[batch.rejected]  # [P], tokens
+    preferred = torch.ones_like(longer) if batch.probability is None else batch.probability.to(longer.dtype)
+    unlike = torch.where(longer != 0, weight, 0)
+    return {
+        "reward/length_slope": Mean(
+            (torch.where(weight != 0, lead * longer, 0) * weight).sum(), (longer**2 * weight).sum()
+        ),
+        "reward/longer": Mean.of(reward_accuracy(torch.where(longer > 0, lead, -lead)), unlike),
+        "length/longer_preferred": Mean.of(torch.where(longer > 0, preferred, 1 - preferred), unlike),
     }
 
 

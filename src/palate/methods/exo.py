@@ -57,6 +57,7 @@ class EXO:
     needs = ("policy", "reference")
     trains = ("policy",)
     reads = "comparisons"
+    asks_reference = "rows"
     refuses = ("margin",)
 
     def __post_init__(self) -> None:

@@ -53,6 +53,7 @@ class IPO:
     needs = ("policy", "reference")
     trains = ("policy",)
     reads = "comparisons"
+    asks_reference = "rows"
     refuses = ("margin",)
 
     def __post_init__(self) -> None:

@@ -39,6 +39,7 @@ class IPOMean:
     needs = ("policy", "reference")
     trains = ("policy",)
     reads = "comparisons"
+    asks_reference = "rows"
     refuses = ("margin",)
 
     def __post_init__(self) -> None:

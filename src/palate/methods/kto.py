@@ -92,6 +92,7 @@ class KTO:
     needs = ("policy", "reference")
     trains = ("policy",)
     reads = "judgements"
+    asks_reference = "rows and more"
 
     def __post_init__(self) -> None:
         weights = {"desirable_weight": self.desirable_weight, "undesirable_weight": self.undesirable_weight}

@@ -46,6 +46,7 @@ class NCA:
     needs = ("policy", "reference")
     trains = ("policy",)
     reads = "comparisons"
+    asks_reference = "rows"
     refuses = ("margin", "probability")
 
     def __post_init__(self) -> None:

@@ -67,6 +67,7 @@ class RDPO:
     needs = ("policy", "reference")
     trains = ("policy",)
     reads = "comparisons"
+    asks_reference = "rows"
     refuses = ("margin",)
 
     def __post_init__(self) -> None:

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from palate.functional.logprobs import logprobs_and_entropy
+from palate.errors import ModelError
+from palate.functional.divergences import exact_kl
+from palate.functional.logprobs import logprobs_and_entropy, logprobs_and_kl
 from palate.models import trunk
 from palate.models.heads import scalar_head
 from palate.models.samples import check_scores
@@ -48,6 +50,38 @@ def token_logprobs(model: nn.Module, tokens: Tokens, *, temperature: float = 1.0
 def token_logprobs_and_entropy(model: nn.Module, tokens: Tokens, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """``token_logprobs`` and the entropy of the whole next-token distribution there; [N, T] each, nats."""
     return _logprobs(model, tokens, temperature, with_entropy=True)
+
+
+def token_kl(model: nn.Module, other: nn.Module, tokens: Tokens, *, temperature: float = 1.0) -> Tensor:
+    """KL(other || model) of the whole next-token distributions in which response tokens stood, zero elsewhere.
+
+        KL_t = sum_v other(v | ids[:, <t]) * log( other(v | ids[:, <t]) / model(v | ids[:, <t]) )
+
+    The expectation is under ``other``: with the reference as other it is TDPO's KL(ref || pi), with the policy as it was
+    before an update TRPO's KL(old || new). Exact, over all V tokens; [N, T, V] is never held.
+
+    Args:
+        model: a causal language model; the gradient goes to its weights alone, and can be taken once.
+        other: a model of the same vocabulary, or ``AdapterOff(model)``; no gradient.
+        tokens: rows [N, T].
+        temperature: of both distributions.
+
+    Returns:
+        float32 [N, T], nats.
+
+    Raises:
+        ModelError: the two models have vocabularies of unlike size.
+    """
+    return token_logprobs_and_kl(model, other, tokens, temperature=temperature)[1]
+
+
+def token_logprobs_and_kl(
+    model: nn.Module, other: nn.Module, tokens: Tokens, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """``token_logprobs`` of ``model`` and ``token_kl``, with one pass of each model; [N, T] each, nats."""
+    parts = list(_logprobs_and_kl(model, other, tokens, temperature))
+    logprobs = [(row, column, logprob) for row, column, logprob, _ in parts]
+    return _scatter(tokens, logprobs), _scatter(tokens, [(row, column, kl) for row, column, _, kl in parts])
 
 
 def response_logprobs(model: nn.Module, tokens: Tokens) -> Tensor:
@@ -291,7 +325,31 @@ def _logprobs(model: nn.Module, tokens: Tokens, temperature: float, with_entropy
     return _scatter(tokens, logprobs), _scatter(tokens, entropies if with_entropy else [])
 
 
-_Head = Callable[[Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
+class _Head(NamedTuple):
+    """What makes logits of states: softcap(scale * h W^T + b)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+
+    def scaled(self, states: Tensor) -> Tensor:
+        return states if self.scale == 1.0 else states * self.scale
+
+    def __call__(
+        self, states: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        return logprobs_and_entropy(
+            self.scaled(states),
+            self.weight,
+            targets,
+            bias=self.bias,
+            temperature=temperature,
+            softcap=self.softcap,
+            with_entropy=with_entropy,
+        )
+
+
 _plain: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
@@ -307,19 +365,7 @@ def _plain_head(model: Any) -> _Head | None:
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     softcap = getattr(config, "final_logit_softcapping", None)
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-
-    def head(states: Tensor, targets: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor]:
-        states = states if scale == 1.0 else states * scale
-        return logprobs_and_entropy(
-            states,
-            linear.weight,
-            targets,
-            bias=linear.bias,
-            temperature=temperature,
-            softcap=softcap,
-            with_entropy=with_entropy,
-        )
-
+    head = _Head(linear.weight, linear.bias, scale, softcap)
     if model not in _plain:
         _plain[model] = _agrees(model, head)
     return head if _plain[model] else None
@@ -350,6 +396,62 @@ def _whole_model(
         entropy = -(logp.exp() * torch.where(logp > -torch.inf, logp, 0)).sum(-1)
         target = bucket.ids[bucket.row, bucket.position]
         yield bucket.source_row, bucket.source_column, logp.gather(-1, target[:, None]).squeeze(-1), entropy
+
+
+def _logprobs_and_kl(
+    model: nn.Module, other: nn.Module, tokens: Tokens, temperature: float
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Rows, columns, log-probs of ``model``, KL(other || model)."""
+    head, other_head = _plain_head(_unwrap(model)[0]), _plain_head(_unwrap(other)[0])
+    if head is None or other_head is None:
+        yield from _whole_models(model, other, tokens, temperature)
+        return
+    _check_vocabularies(len(head.weight), len(other_head.weight))
+    reads = list(_run(model, tokens))
+    if not reads:
+        return
+    with torch.no_grad():
+        other_states = _scatter_states(tokens, list(_run(other, tokens)))
+    row, column = tokens.response_mask.nonzero(as_tuple=True)  # in the order of _scatter_states
+    logprobs, kl = logprobs_and_kl(
+        head.scaled(_scatter_states(tokens, reads)),
+        head.weight,
+        tokens.ids[row, column],
+        other_head.scaled(other_states),
+        other_head.weight,
+        bias=head.bias,
+        other_bias=other_head.bias,
+        temperature=temperature,
+        softcap=head.softcap,
+        other_softcap=other_head.softcap,
+    )
+    yield row, column, logprobs, kl
+
+
+def _whole_models(
+    model: nn.Module, other: nn.Module, tokens: Tokens, temperature: float
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The same, the slow way: all logits of a bucket, of both models."""
+    for bucket in _buckets(tokens):
+        found = []
+        for role, gradient in ((model, torch.is_grad_enabled()), (other, False)):
+            inner, adapter = _unwrap(role)
+            with torch.set_grad_enabled(gradient), adapter(), _autocast(inner, bucket.ids.device):
+                logits = inner(input_ids=bucket.ids, use_cache=False).logits
+                found.append(_wide(logits[bucket.row, bucket.position - 1]) / temperature)
+        logits, other_logits = found
+        _check_vocabularies(logits.shape[-1], other_logits.shape[-1])
+        target = bucket.ids[bucket.row, bucket.position]
+        logprobs = logits.log_softmax(-1).gather(-1, target[:, None]).squeeze(-1)
+        yield bucket.source_row, bucket.source_column, logprobs, exact_kl(other_logits, logits)
+
+
+def _check_vocabularies(size: int, other_size: int) -> None:
+    if size != other_size:
+        raise ModelError(
+            f"The KL over the whole vocabulary compares the two models token by token, but the policy has {size} logits and "
+            f"the reference {other_size}. Take a reference with the policy's own vocabulary (without --reference it is a copy)."
+        )
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 kitchen   the demo's small world        sample    responses to prompts          annotate  simulated annotators rank them
 train     any method                    examine   a reward model on rankings    compare   two policies on held-out prompts
-report    the page, and a table
+frontier  runs along their way, gold against distance                           report    the page, and a table
 """
 
 from __future__ import annotations
@@ -222,6 +222,48 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Frontier:
+    """Runs that started from one model, measured at the checkpoints they kept and at their end: frontier.json.
+
+    Attributes:
+        reference: the model they started from; what the KL is measured to.
+        runs: name -> folder of a training run.
+        prompts: file of prompts, held out.
+        gold: "module:function" of (prompts, responses): the preference that counts.
+        samples_per_prompt: at every point.
+        max_new_tokens: longest response, tokens.
+        seed: of the sampling.
+    """
+
+    reference: str
+    runs: dict[str, str]
+    prompts: str
+    gold: str
+    samples_per_prompt: int = 1
+    max_new_tokens: int = 64
+    seed: int = 0
+
+    def run(self, folder: Path, recipe: Recipe) -> Figures:
+        from palate.pipelines.answers import read_prompts
+        from palate.pipelines.frontier import trace
+
+        found = trace(
+            self.reference,
+            self.runs,
+            read_prompts(self.prompts),
+            self.gold,
+            samples_per_prompt=self.samples_per_prompt,
+            max_new_tokens=self.max_new_tokens,
+            seed=self.seed,
+        )
+        _write_json(folder / "frontier.json", found)
+        figures: Figures = {"points": 1 + sum(len(points) for points in found["runs"].values())}
+        for name, points in found["runs"].items():
+            figures |= {f"{name} gold": points[-1]["gold"][0], f"{name} kl": points[-1]["kl"][0]}
+        return figures
+
+
+@dataclass(frozen=True)
 class Report:
     """The page of the whole pipeline, report.html, and a table for the terminal.
 
@@ -230,6 +272,9 @@ class Report:
         sft, reward, rl: names of the stages that trained.
         answers: the stage whose rankings ``examine`` read, for the ceiling.
         examine, compare: names of the stages that measured.
+        direct: name of a stage that trained on the same preferences without a reward model, and
+        compare_direct: of the one that compared it with ``sft``; "" = there is none.
+        frontier: name of the stage that traced both; "" = there is none.
         samples: how many prompts to show with both answers.
     """
 
@@ -240,6 +285,9 @@ class Report:
     answers: str = "held_out_rankings"
     examine: str = "examine"
     compare: str = "compare"
+    direct: str = ""
+    compare_direct: str = ""
+    frontier: str = ""
     samples: int = 8
 
     def run(self, folder: Path, recipe: Recipe) -> Figures:
@@ -262,6 +310,7 @@ STAGES: Mapping[str, Kind] = {
     "annotate": Kind("annotators rank the responses", Annotate),
     "examine": Kind("examining the reward model", Examine),
     "compare": Kind("comparing two policies", Compare),
+    "frontier": Kind("tracing gold against distance", Frontier),
     "report": Kind("writing the report", Report),
 }
 

@@ -1,8 +1,13 @@
-"""What a pipeline has to say in the end: a table for the terminal and a page with curves and samples."""
+"""What a pipeline has to say in the end: a table for the terminal and a page with curves and samples.
+
+Two policies are told about, before (SFT) and after (RL); and, where the pipeline has one, a third that learned from the
+same preferences directly (DPO).
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +16,7 @@ from palate.errors import ConfigError
 from palate.evaluation.reward_model import Bin
 from palate.evaluation.statistics import Interval
 from palate.report.charts import Curve, distribution_chart, line_chart, reliability_chart
+from palate.report.frontier_chart import Dot, Family, frontier_chart
 from palate.report.metrics import metric_charts, read_metrics
 from palate.report.page import Headline, Page, Sample, Section, Table, write_page
 
@@ -26,20 +32,24 @@ def write_story(settings: Report, folder: Path, recipe: Recipe) -> dict[str, Any
         ConfigError: the settings name a stage that the pipeline does not have.
     """
     known = [step.name for step in recipe.steps]
-    for role in ("sft", "reward", "rl", "answers", "examine", "compare"):
+    needed, more = ("sft", "reward", "rl", "answers", "examine", "compare"), ("direct", "compare_direct", "frontier")
+    for role in (*needed, *(role for role in more if getattr(settings, role))):
         if getattr(settings, role) not in known:
             raise ConfigError(
                 f"report: {role}: no stage {getattr(settings, role)!r} in this pipeline. Stages: {', '.join(known)}."
             )
+    if bool(settings.direct) != bool(settings.compare_direct):
+        raise ConfigError("report: direct and compare_direct name the two stages of one policy. Give both, or neither.")
     done = {name: _record(recipe, name) for name in known}
-    compared = json.loads((recipe.out / settings.compare / "comparison.json").read_text(encoding="utf-8"))
-    examined = json.loads((recipe.out / settings.examine / "reward_model.json").read_text(encoding="utf-8"))
+    compared = _json(recipe.out / settings.compare / "comparison.json")
+    direct = _json(recipe.out / settings.compare_direct / "comparison.json") if settings.compare_direct else None
+    examined = _json(recipe.out / settings.examine / "reward_model.json")
     ceiling = done[settings.answers]["figures"].get("ceiling")
     samples = read_metrics(recipe.out / settings.compare / "samples.jsonl")
-    table = _table(compared, examined, ceiling)
+    table = _table(settings, compared, direct, examined, ceiling)
     page = Page(
         title=settings.title,
-        lead=_lead(compared, examined, ceiling),
+        lead=_lead(compared, direct, examined, ceiling, settings),
         headlines=_headlines(compared, examined, ceiling),
         table=table,
         samples=_samples(samples[: settings.samples]),
@@ -47,6 +57,7 @@ def write_story(settings: Report, folder: Path, recipe: Recipe) -> dict[str, Any
         after=settings.rl.upper(),
         samples_text="Held-out prompts, first drawn answers, not chosen by hand; beside each its gold preference.",
         sections=[
+            *_frontier(recipe, settings),
             Section("What changed", charts=_changes(compared, recipe.out / settings.rl, settings)),
             *(_training(recipe.out / name, title) for name, title in _trained(settings)[::-1]),
             Section(
@@ -68,16 +79,27 @@ def _trained(settings: Report) -> list[tuple[str, str]]:
         (settings.sft, "Supervised fine-tuning"),
         (settings.reward, "Reward model"),
         (settings.rl, "Reinforcement learning"),
+        *([(settings.direct, "Directly from the preferences")] if settings.direct else []),
     ]
+
+
+def _json(where: Path) -> Any:
+    return json.loads(where.read_text(encoding="utf-8"))
 
 
 def _record(recipe: Recipe, name: str) -> dict[str, Any]:
     where = recipe.out / ".stages" / f"{name}.json"
-    record: dict[str, Any] = json.loads(where.read_text(encoding="utf-8")) if where.exists() else {"figures": {}}
+    record: dict[str, Any] = _json(where) if where.exists() else {"figures": {}}
     return record
 
 
-def _lead(compared: dict[str, Any], examined: dict[str, Any], ceiling: float | None) -> str:
+def _lead(
+    compared: dict[str, Any],
+    direct: dict[str, Any] | None,
+    examined: dict[str, Any],
+    ceiling: float | None,
+    settings: Report,
+) -> str:
     noise = "" if ceiling is None else f"; their noise allows {100 * ceiling:.1f} %"
     text = (
         f"On {compared['prompts']} prompts that it never saw, the model after reinforcement learning is preferred to the one "
@@ -85,6 +107,11 @@ def _lead(compared: dict[str, Any], examined: dict[str, Any], ceiling: float | N
         f"Its reward model agrees with the annotators on {100 * examined['accuracy']['estimate']:.1f} % of held-out "
         f"pairs{noise}."
     )
+    if direct is not None:
+        text += (
+            f" {settings.direct.upper()}, from the same rankings without a reward model: "
+            f"{100 * direct['win_rate'][0]:.0f} % at {direct['kl'][0]:.1f} nats."
+        )
     return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
@@ -109,36 +136,73 @@ def _headlines(compared: dict[str, Any], examined: dict[str, Any], ceiling: floa
     ]
 
 
-def _table(compared: dict[str, Any], examined: dict[str, Any], ceiling: float | None) -> Table:
-    before, after = compared["before"], compared["after"]
-    length = examined.get("length") or {}
-    accuracy = Interval(**examined["accuracy"]).percent()
+def _table(
+    settings: Report,
+    compared: dict[str, Any],
+    direct: dict[str, Any] | None,
+    examined: dict[str, Any],
+    ceiling: float | None,
+) -> Table:
+    before, others = compared["before"], [compared] if direct is None else [compared, direct]
+    names = [f"before ({settings.sft.upper()})", f"after ({settings.rl.upper()})"]
+    names += [f"after ({settings.direct.upper()})"] if direct is not None else []
+
+    def row(name: str, first: str, show: Callable[[dict[str, Any]], str], what: str) -> tuple[str, ...]:
+        return (name, first, *(show(other) for other in others), what)
+
+    def fact(name: str, key: str, show: Callable[[Any], str], what: str) -> tuple[str, ...]:
+        return row(name, show(before[key]), lambda other: show(other["after"][key]), what)
+
+    def only_rl(name: str, value: str, what: str) -> tuple[str, ...]:
+        return (name, "", value, *([""] * (len(others) - 1)), what)
+
     rows = [
-        ("win rate over SFT, by gold", "", _percent(compared["win_rate"]), "wins + ties/2, 95 % interval over prompts"),
-        ("gold preference", _interval(before["gold"]), _interval(after["gold"]), "mean; what guests really want"),
-        ("reward model's score", f"{before['score'][0]:.2f}", f"{after['score'][0]:.2f}", "mean; what was trained on"),
-        ("sequence KL to SFT", "0", _interval(compared["kl"]), "nats"),
-        ("length", f"{before['words']:.1f}", f"{after['words']:.1f}", "words"),
-        ("unfinished", f"{100 * before['unfinished']:.1f} %", f"{100 * after['unfinished']:.1f} %", "no end of text"),
-        ("distinct-2, all", f"{before['distinct_2']:.3f}", f"{after['distinct_2']:.3f}", "different word pairs"),
-        (
-            "distinct-2, one prompt",
-            f"{before['distinct_2_per_prompt']:.3f}",
-            f"{after['distinct_2_per_prompt']:.3f}",
-            "among the answers to a prompt",
-        ),
-        ("unique answers", f"{100 * before['unique']:.1f} %", f"{100 * after['unique']:.1f} %", "of all"),
-        ("reward model, held out", "", accuracy, f"accuracy on {examined['pairs']} pairs"),
-        (
-            "its ceiling",
+        row(
+            f"win rate over {settings.sft.upper()}, by gold",
             "",
-            "" if ceiling is None else f"{100 * ceiling:.1f} %",
-            "best that the annotators' noise allows",
+            lambda other: _percent(other["win_rate"]),
+            "wins + ties/2, 95 % interval over prompts",
         ),
+        fact("gold preference", "gold", _interval, "mean; what guests really want"),
+        fact("reward model's score", "score", lambda value: f"{value[0]:.2f}", "mean; what RL was trained on"),
+        row(f"sequence KL to {settings.sft.upper()}", "0", lambda other: _interval(other["kl"]), "nats"),
+        fact("length", "words", lambda value: f"{value:.1f}", "words"),
+        fact("unfinished", "unfinished", lambda value: f"{100 * value:.1f} %", "no end of text"),
+        fact("distinct-2, all", "distinct_2", lambda value: f"{value:.3f}", "different word pairs"),
+        fact("distinct-2, one prompt", "distinct_2_per_prompt", lambda value: f"{value:.3f}", "among its answers"),
+        fact("unique answers", "unique", lambda value: f"{100 * value:.1f} %", "of all"),
+        only_rl("reward model, held out", Interval(**examined["accuracy"]).percent(), f"on {examined['pairs']} pairs"),
+        only_rl("its ceiling", "" if ceiling is None else f"{100 * ceiling:.1f} %", "best that noisy labels allow"),
     ]
+    length = examined.get("length") or {}
     if length:
-        rows.append(("the longer one wins", "", f"{100 * length['longer_wins']['estimate']:.1f} %", "same pairs"))
-    return Table(["", "before (SFT)", "after (RL)", "what"], rows, numbers=["before (SFT)", "after (RL)"])
+        rows.append(only_rl("the longer one wins", f"{100 * length['longer_wins']['estimate']:.1f} %", "same pairs"))
+    return Table(["", *names, "what"], rows, numbers=names)
+
+
+def _frontier(recipe: Recipe, settings: Report) -> list[Section]:
+    """Gold against distance, all runs on the same held-out prompts; nothing where no stage traced them."""
+    if not settings.frontier:
+        return []
+    found = _json(recipe.out / settings.frontier / "frontier.json")
+    begin, before = Interval(*found["start"]["gold"]), settings.sft.upper()
+    families = [Family("", [Dot(0.0, begin, before)], quiet=True)]
+    for name, points in found["runs"].items():
+        trail = [(0.0, begin.estimate), *((p["kl"][0], p["gold"][0]) for p in points[:-1])]
+        end = points[-1]
+        families.append(Family(name, [Dot(Interval(*end["kl"]), Interval(*end["gold"]), name, trail=trail)]))
+    text = (
+        f"{found['prompts']} held-out prompts, answered {found['samples_per_prompt']} x at every point. A small dot is a "
+        "checkpoint on the way, a large one the end, with 95 % intervals. Higher at the same distance is better."
+    )
+    chart = frontier_chart(
+        "Gold preference against distance",
+        "",
+        families,
+        across=f"sequence KL to {before}, nats",
+        up="gold preference",
+    )
+    return [Section("What distance bought", text, charts=[chart])]
 
 
 def _length_table(examined: dict[str, Any]) -> Table | None:

@@ -29,7 +29,7 @@ _COLOURS = {
     "#040404": "var(--series-4)",
 }
 _INK, _QUIET, _RULE, *_SERIES = _COLOURS
-_SIZE = (4.6, 2.55)
+_SIZE, _WIDE = (4.6, 2.55), (8.4, 4.4)
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,8 @@ def _legend(axes: Any) -> None:
 
 
 @contextmanager
-def _figure(title: str, unit: str) -> Iterator[tuple[Any, list[str]]]:
-    """An empty chart in the house style; after the block, ``result[0]`` is its SVG."""
+def _figure(title: str, unit: str, *, wide: bool = False) -> Iterator[tuple[Any, list[str]]]:
+    """An empty chart in the house style; after the block, ``result[0]`` is its SVG. A wide one takes the whole row."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -137,7 +137,7 @@ def _figure(title: str, unit: str) -> Iterator[tuple[Any, list[str]]]:
     }
     result: list[str] = []
     with mpl.rc_context(settings):
-        figure = Figure(figsize=_SIZE, layout="constrained")
+        figure = Figure(figsize=_WIDE if wide else _SIZE, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         axes.spines[["top", "right", "left"]].set_visible(False)
@@ -148,10 +148,10 @@ def _figure(title: str, unit: str) -> Iterator[tuple[Any, list[str]]]:
         yield axes, result
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-        result.append(_for_page(text.getvalue(), title, unit))
+        result.append(_for_page(text.getvalue(), title, unit, "chart wide" if wide else "chart"))
 
 
-def _for_page(svg: str, title: str, unit: str) -> str:
+def _for_page(svg: str, title: str, unit: str, dress: str) -> str:
     """The bare element, in the page's colours and font."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -164,4 +164,4 @@ def _for_page(svg: str, title: str, unit: str) -> str:
     label = html.escape(f"{title}, {unit}" if unit else title)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
     caption = f"<figcaption>{html.escape(title)}<small>{html.escape(unit)}</small></figcaption>"
-    return f'<figure class="chart">{caption}{svg}</figure>'
+    return f'<figure class="{dress}">{caption}{svg}</figure>'

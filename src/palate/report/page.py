@@ -16,6 +16,7 @@ from typing import Any
 
 from palate.errors import RunError
 from palate.evaluation.statistics import Interval
+from palate.health.alarm import text as alarm_text
 from palate.report.metrics import metric_charts, read_metrics
 
 
@@ -142,7 +143,7 @@ def report_run(folder: str | Path, *, samples: int = 6) -> Path:
         before="First samples",
         after="Last samples",
         sections=[*_held_out(folder), *sections, Section("Curves", charts=charts, more_charts=more, settings=settings)],
-        alarms=[_alarm(alarm) for alarm in read_metrics(folder / "alarms.jsonl")],
+        alarms=[alarm_text(alarm) for alarm in read_metrics(folder / "alarms.jsonl")],
     )
     return write_page(page, folder / "report.html")
 
@@ -152,13 +153,13 @@ def before_and_after(lines: Sequence[dict[str, Any]], n: int) -> list[Sample]:
     first: dict[str, dict[str, Any]] = {}
     last: dict[str, dict[str, Any]] = {}
     for line in lines:
-        key = _prompt_text(line.get("prompt", ""))
+        key = _asked(line)
         first.setdefault(key, line)
         if line["step"] != last.get(key, {}).get("step"):
             last[key] = line
     twice = [key for key in first if last[key]["step"] != first[key]["step"]]
     return [
-        Sample(key, first[key]["response"], last[key]["response"], first[key].get("score"), last[key].get("score"))
+        Sample(key, _answered(first[key]), _answered(last[key]), first[key].get("score"), last[key].get("score"))
         for key in twice[:n]
     ]
 
@@ -169,7 +170,7 @@ def first_and_last(lines: Sequence[dict[str, Any]], n: int) -> Table:
     for step in dict.fromkeys((lines[0]["step"], lines[-1]["step"])):
         for line in [line for line in lines if line["step"] == step][:n]:
             score = signed(line["score"]) if "score" in line else ""
-            rows.append((str(step), _prompt_text(line.get("prompt", "")), line["response"], score))
+            rows.append((str(step), _asked(line), _answered(line), score))
     return Table(["step", "prompt", "response", "score"], rows, numbers=["step", "score"])
 
 
@@ -209,14 +210,25 @@ def _last_figures(lines: Sequence[dict[str, Any]]) -> list[Headline]:
     return found
 
 
+def _asked(line: Mapping[str, Any]) -> str:
+    """The prompt that a sample began with: of a conversation with an environment, ``prompt`` is all but its last turn."""
+    return _prompt_text(line.get("asked", line.get("prompt", "")))
+
+
+def _answered(line: Mapping[str, Any]) -> str:
+    """What was said after it."""
+    if "asked" not in line:
+        return str(line["response"])
+    if isinstance(line["prompt"], str):
+        return f"{line['prompt'][len(line['asked']) :]}{line['response']}"
+    asked = 1 if isinstance(line["asked"], str) else len(line["asked"])
+    return _prompt_text([*line["prompt"][asked:], {"role": "assistant", "content": line["response"]}])
+
+
 def _prompt_text(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
-
-
-def _alarm(alarm: dict[str, Any]) -> str:
-    return " · ".join(str(value) for value in alarm.values())
 
 
 def signed(value: float) -> str:
@@ -241,7 +253,8 @@ def _headlines(headlines: Sequence[Headline]) -> str:
 def _alarms(alarms: Sequence[str]) -> str:
     if not alarms:
         return ""
-    return f'<h2>Alarms</h2><ul class="alarms">{"".join(f"<li>{_text(a)}</li>" for a in alarms)}</ul>'
+    items = ("<br>".join(_text(line.strip()) for line in alarm.splitlines()) for alarm in alarms)
+    return f'<h2>Alarms</h2><ul class="alarms">{"".join(f"<li>{item}</li>" for item in items)}</ul>'
 
 
 def _table(table: Table | None) -> str:

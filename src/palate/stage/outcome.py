@@ -23,6 +23,7 @@ from palate.generation.sampler import sample
 from palate.models.forward import response_scores, score_responses
 from palate.models.heads import normalise
 from palate.run_folder import write_text
+from palate.stage.rollout import rollout_of
 from palate.training import log
 from palate.training.order import seeded
 from palate.types import Comparisons, Tokens, moved
@@ -30,6 +31,7 @@ from palate.types import Comparisons, Tokens, moved
 SHOWN = 8  # prompts whose responses are kept from before and after
 NORMALISED_ON = 512  # responses that say where a reward's 0 and 1 are
 ROWS = 64  # a batch of scoring
+_SEED = 0x5A
 
 
 def reference_responses(
@@ -108,13 +110,12 @@ class Witness:
     @torch.no_grad()
     def responses(self, policy: nn.Module, step: int, when: str) -> list[dict[str, Any]]:
         """Entries for samples.jsonl; the same seed both times, so that only the weights differ."""
-        tokens = _sampled(policy, self.items, self.config, self.chat)
+        rollout = rollout_of(self.config, policy, self.chat)
+        tokens = rollout(self.items, self.config.training.seed, _SEED)
         scores = None if self.reward is None else score_responses(self.reward, tokens).scores.tolist()
         entries = []
-        for row, item in enumerate(self.items):
-            text = self.chat.text(tokens.ids[row][tokens.response_mask[row]].tolist())
-            entry = {"step": step, "when": when, "prompt": item.record.prompt, "response": text}
-            entry["finished"] = bool(tokens.extras["finished"][row])
+        for row, entry in enumerate(rollout.texts(tokens, range(len(tokens)))):
+            entry = {"step": step, "when": when} | entry
             entries.append(entry | ({} if scores is None else {"score": scores[row]}))
         return entries
 
@@ -129,7 +130,7 @@ def _sampled(model: nn.Module, items: Sequence[Item], config: RunConfig, chat: C
         prompt_ids(items),
         config.sampling,
         stop_token_ids=chat.stop_token_ids,
-        generator=seeded(config.training.seed, 0x5A),
+        generator=seeded(config.training.seed, _SEED),
         records=[item.record for item in items],
     )
 

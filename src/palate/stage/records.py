@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -10,8 +11,13 @@ from typing import Any, NamedTuple
 from palate.config import RunConfig
 from palate.data.chat import Chat
 from palate.data.collate import Item, NothingLeft, encode_records
-from palate.data.ranking import comparison_to_ranking, split_by_prompt
-from palate.data.records import Comparison, Prompt, Record, read_records
+from palate.data.ranking import (
+    comparison_to_judgements,
+    comparison_to_ranking,
+    ranking_to_judgements,
+    split_by_prompt,
+)
+from palate.data.records import KINDS, Comparison, Prompt, Ranking, Record, read_records
 from palate.errors import DataError
 from palate.lookup import find_method, method_names
 
@@ -60,11 +66,41 @@ def _read(config: RunConfig, where: str, kind: str, limit: int | None) -> list[R
                 where, other, format=data.format, split=data.split, limit=limit, rename=data.rename or None
             )
             return [comparison_to_ranking(pair) for pair in pairs if isinstance(pair, Comparison)]
+        if kind == "judgements" and other in ("rankings", "comparisons"):
+            found = read_records(
+                where, "comparisons", format=data.format, split=data.split, limit=limit, rename=data.rename or None
+            )
+            return _as_judgements(where, found)
         readers = [name for name in method_names() if find_method(name).METHOD.reads == other]
         others = f" Methods that read {other}: {', '.join(readers)}." if readers else ""
         raise DataError(
             f"{error}\n{config.method.name} reads {kind}, and {where} looks like {other}.{others}"
         ) from None
+
+
+def _as_judgements(where: str, records: list[Record]) -> list[Record]:
+    """Rankings and comparisons as judgements, and a line that says so.
+
+    Raises:
+        DataError: all are tied.
+    """
+    found: list[Record] = []
+    for record in records:
+        if isinstance(record, Ranking):
+            found += ranking_to_judgements(record)
+        elif isinstance(record, Comparison):
+            found += comparison_to_judgements(record)
+    if not found:
+        raise DataError(f"{where}: no judgement can be made of it; in every ranking all responses are tied.")
+    kind = "rankings" if isinstance(records[0], Ranking) else "comparisons"
+    left = sum(len(r.responses) if isinstance(r, Ranking) else 2 for r in records) - len(found)
+    warnings.warn(
+        f"{where}: {len(records):,} {kind} are read as {len(found):,} judgements: the best is desirable, the worst "
+        f"undesirable; {left:,} responses between them or tied are left out. Better than another is not good: real "
+        "judgements say more.",
+        stacklevel=2,
+    )
+    return found
 
 
 def _refuse_facts(config: RunConfig, records: list[Record]) -> None:
@@ -101,6 +137,16 @@ def kind_of(where: str, *, format: str = "auto", split: str = "train", but: str 
     # Any object with a prompt can be read as one; it is meant as one only where nothing in it answers the prompt.
     prompt = _first(where, "prompts", format, split)
     return "prompts" if isinstance(prompt, Prompt) and not ANSWERS & prompt.fields.keys() else None
+
+
+def kinds_of(where: str, *, format: str = "auto", split: str = "train") -> list[str]:
+    """Every kind as which a method may read the file, by its first record; what is made of another kind included."""
+    found = [kind for kind in KINDS if kind != "prompts" and _first(where, kind, format, split) is not None]
+    if "comparisons" in found:
+        found += [kind for kind in ("rankings", "judgements") if kind not in found]
+    prompt = _first(where, "prompts", format, split)
+    # Any record has a prompt to respond to.
+    return [*found, "prompts"] if prompt is not None else found
 
 
 def _first(where: str, kind: str, format: str, split: str) -> Record | None:

@@ -13,14 +13,12 @@ import torch
 
 from palate.config import RunConfig
 from palate.data.chat import Chat
-from palate.data.collate import prompt_ids
 from palate.errors import ConfigError
-from palate.generation.sampler import sample
 from palate.models.forward import score_responses
 from palate.models.rewards import check_records, is_unmeasured, unmeasured, with_scales
 from palate.run_folder import read_settings
 from palate.stage.records import Sides
-from palate.training.order import seeded
+from palate.stage.rollout import rollout_of
 from palate.types import Models
 
 PROMPTS = 256  # prompts whose samples are scored, one sample each: a mean to within a sixteenth of the spread
@@ -80,15 +78,7 @@ def with_reward_ready(config: RunConfig, models: Models, items: Sides, chat: Cha
     chosen = items.train[:PROMPTS]
     say(f"reward: measuring on {len(chosen)} samples of the reference")
     with torch.no_grad():
-        tokens = sample(
-            model,
-            prompt_ids(chosen),
-            config.sampling,
-            stop_token_ids=chat.stop_token_ids,
-            generator=seeded(config.training.seed, 0x5C),
-            max_batch_rows=ROWS,
-            records=[item.record for item in chosen],
-        )
+        tokens = rollout_of(config, model, chat)(chosen, config.training.seed, 0x5C)
         for rows in torch.arange(len(tokens), device=tokens.ids.device).split(ROWS):
             score_responses(models.reward, tokens.select(rows))
     for name, scale in open_scales:

@@ -18,22 +18,29 @@ from palate.config import RunConfig
 from palate.data.chat import Chat
 from palate.data.collate import Item, collate
 from palate.errors import ConfigError
+from palate.health.alarm import History, text
+from palate.health.watch import FILE as ALARMS
+from palate.health.watch import alarmed
 from palate.models.load import load_policy, load_tokenizer
 from palate.models.save import save_model
 from palate.report.metrics import read_metrics
 from palate.report.page import report_run
 from palate.resolve import FILLED, facts_of, require_all, resolved, with_device
 from palate.run_folder import locked, open_run, write_text
+from palate.settings_tree import flatten
 from palate.stage import outcome
 from palate.stage.chats import chat_of
 from palate.stage.fingerprint import check_data
 from palate.stage.progress import speaker, watched
 from palate.stage.records import Sides, encode_sides, pretraining_items, read_sides
+from palate.stage.reference_cache import items_with_reference
+from palate.stage.reference_store import cache_folder
 from palate.stage.reward_scale import adopted, with_reward_ready
 from palate.stage.roles import bill, load_roles, load_trained, trained_role, where_from
+from palate.stage.rollout import rollout_of
 from palate.stage.trackers import check_trackers, open_trackers
+from palate.training import log
 from palate.training.loop import Run, train
-from palate.training.rollouts import Rollout
 from palate.types import Models
 
 Say = Callable[[Any], None]
@@ -102,11 +109,12 @@ def _train(stage: Stage, say: Say, quiet: bool) -> None:
         shown = stage.items.validation or stage.items.train
         witness = outcome.Witness(config, stage.chat, shown, stage.models.reward)
         before = witness.responses(stage.models.policy, 0, "before")
-    run = loop_run(stage)
+    run = loop_run(reference_asked_once(stage, say))
     total = config.training.total_steps(len(stage.items.train))
     last: dict[str, dict[str, Any]] = {}
     try:
-        for metrics in watched(train(run), total, config.run_name, quiet):
+        stream = alarmed(train(run), config.out, History(total, flatten(config.to_dict())), say)
+        for metrics in watched(stream, total, config.run_name, quiet):
             last[metrics["split"]] = metrics
             for tracker in trackers:
                 tracker.log(metrics)
@@ -115,6 +123,21 @@ def _train(stage: Stage, say: Say, quiet: bool) -> None:
             tracker.close()
     say(f"stopped: {run.stopped}")
     _finish(stage, run, witness, before, say)
+
+
+def reference_asked_once(stage: Stage, say: Say) -> Stage:
+    """The stage with the reference's log-probs in its items, where that is all that the method asks of it.
+
+    The reference is let go then: ``models.reference`` is None unless the method asks for more.
+    """
+    config, models = stage.config, stage.models
+    asks, cache = getattr(config.method.settings, "asks_reference", None), cache_folder(config.reference_cache)
+    if asks is None or cache is None or models.reference is None:
+        return stage
+    sides = items_with_reference(models.reference, stage.items, config.out, cache, torch.device(config.device), say)
+    if _is_let_go(config):
+        models.reference = None
+    return stage._replace(items=Sides(*sides))
 
 
 def load_stage(config: RunConfig, say: Say) -> Stage:
@@ -194,13 +217,20 @@ def _bill_table(config: RunConfig, models: Models) -> Table:
     for line in bill(models, config.method.settings.trains):
         cells = (
             line.role,
-            line.what,
+            line.what
+            + ("" if line.role != "reference" or not _is_let_go(config) else ", until its log-probs are known"),
             f"{line.parameters:,}",
             f"{line.trained:,}" if line.trained else "frozen",
             line.dtype,
         )
         table.add_row(*(Text(cell) for cell in (*cells, _bytes(line.weights), _bytes(line.training))))
     return table
+
+
+def _is_let_go(config: RunConfig) -> bool:
+    """Is the reference asked before the first step and never again?"""
+    asks_rows = getattr(config.method.settings, "asks_reference", None) == "rows"
+    return asks_rows and cache_folder(config.reference_cache) is not None
 
 
 def _bytes(count: int) -> str:
@@ -220,11 +250,11 @@ def loop_run(stage: Stage) -> Run:
     rollout = None
     if samples:
         assert stage.models.policy is not None
-        rollout = Rollout(
+        rollout = rollout_of(
+            config,
             stage.models.policy,
             chat,
-            config.sampling,
-            config.samples_per_prompt,
+            samples_per_prompt=config.samples_per_prompt,
             drawn_by=getattr(method, "drawn_by", ("policy",)),
             reference=stage.models.reference,
             mixture=getattr(method, "mixture", 0.0),
@@ -240,7 +270,7 @@ def loop_run(stage: Stage) -> Run:
         rollout=rollout,
         pretraining=stage.pretraining,
         collate_pretraining=lambda items: collate(items, "demonstrations").tokens,
-        starts_at_reference=stage.models.reference is not None and config.reference in (None, config.model),
+        starts_at_reference="reference" in method.needs and config.reference in (None, config.model),
         dtype="float32" if config.dtype == "float32" else "bfloat16",
         device=torch.device(config.device),
     )
@@ -258,6 +288,10 @@ def _finish(stage: Stage, run: Run, witness: outcome.Witness | None, before: Any
         outcome.write_samples(folder, before, witness.responses(stage.models.policy, last_step, "after"))
     _save(stage)
     last = {line.get("split", "train"): line for line in read_metrics(folder / "metrics.jsonl")}
+    alarms = [text(alarm) for alarm in log.read(folder, ALARMS)]
+    if alarms:
+        sections["Alarms"] = "\n".join("- " + alarm.replace("\n", "\n ") for alarm in alarms)
+        say(f"{len(alarms)} alarm{'s' * (len(alarms) > 1)} in {folder / ALARMS}; what each means: docs/health.md")
     report_run(folder)
     # The card is the sign that nothing is left to do: it is written last.
     write_text(folder / "card.md", outcome.card(config, {"Why it stopped": str(run.stopped), **sections}, last))

@@ -17,11 +17,12 @@ from palate.texts.common import LONGEST
 
 
 class ShownRow(NamedTuple):
-    """A row as its tokens' texts, and which of them are trained."""
+    """A row as its tokens' texts, which of them are trained, and of a correction, which are of what was changed."""
 
     source: str
     tokens: list[str]
     trained: list[bool]
+    changed: list[bool] | None = None
 
 
 @dataclass(frozen=True)
@@ -101,4 +102,5 @@ def _shown(row: Any, chat: Chat) -> ShownRow:
         whole = chat.tokenizer.decode(ids[max(0, i - 4) : i + 1], skip_special_tokens=False)
         added = whole[len(before) :] if whole.startswith(before) else ""
         texts.append(added if added and "�" not in added else str(chat.tokenizer.convert_ids_to_tokens(number)))
-    return ShownRow(row.source, texts, row.response_mask.tolist())
+    changed = None if row.changed is None else row.changed.tolist()
+    return ShownRow(row.source, texts, row.response_mask.tolist(), changed)

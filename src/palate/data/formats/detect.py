@@ -15,16 +15,19 @@ from palate.data.formats import (
     openai,
     palate,
     question,
+    rlhf_v,
     sharegpt,
     trl,
     ultrafeedback,
 )
-from palate.data.kinds import KINDS, SHAPES, Record
+from palate.data.kinds import KINDS, SHAPES, Comparison, Record, at
+from palate.data.segments import comparison_to_correction
 from palate.errors import ConfigError, DataError
 
 # In the order in which they are tried: the more particular shape first.
 FORMATS: dict[str, ModuleType] = {
     "hh_rlhf": hh_rlhf,
+    "rlhf_v": rlhf_v,
     "history": history,
     "numbered": numbered,
     "ultrafeedback": ultrafeedback,
@@ -79,10 +82,23 @@ def convert_record(record: dict[str, Any], kind: str, source: str, *, format: st
     """
     name = (detect_format(record) or "palate") if format == "auto" else format
     try:
-        found: list[Record] = find_format(name).convert(record, kind, source)
+        found = _converted(find_format(name), record, kind, source)
     except fields.MissingField as error:
         raise DataError(f"{error} {_help(record, kind, name)}") from None
     return found
+
+
+def _converted(shape: ModuleType, record: dict[str, Any], kind: str, source: str) -> list[Record]:
+    """What the shape reads; corrections from its comparisons, where it has no spans of its own."""
+    if kind != "corrections" or shape is palate:
+        records: list[Record] = shape.convert(record, kind, source)
+        return records
+    found = shape.convert(record, "comparisons", source)
+    if not all(isinstance(each, Comparison) for each in found):
+        raise DataError(
+            at(source, f"a ranking says which response is better, not what was corrected. Expected: {SHAPES[kind]}.")
+        )
+    return [comparison_to_correction(each) for each in found]
 
 
 def _help(record: dict[str, Any], kind: str, tried: str) -> str:
@@ -96,7 +112,7 @@ def _help(record: dict[str, Any], kind: str, tried: str) -> str:
 
 def _readable(record: dict[str, Any], kind: str, shape: str) -> bool:
     try:
-        FORMATS[shape].convert(record, kind, "")
+        _converted(FORMATS[shape], record, kind, "")
     except DataError:
         return False
     return True

@@ -2,19 +2,23 @@
 
     {"prompt": text or messages, "response": text, "every_turn"?: bool}
     {"prompt", "chosen": text, "rejected": text, "margin"?: number, "probability"?: number, "annotator"?: text}
+    {"prompt", "chosen", "rejected", "chosen_spans"?: [[start, end], ...], "rejected_spans"?: [...], "annotator"?: text}
     {"prompt", "responses": [text, ...], "ranks": [1 = best, ...], "annotator"?: text}
     {"prompt", "response", "desirable": bool, "annotator"?: text}
     {"prompt", anything else}
 
 A question mark means: may be missing. "margin" is in reward units, "probability" that of ``chosen`` being better.
+Spans are characters [start, end) of what was changed; a side without them is found by a diff.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from palate.data.formats import fields
-from palate.data.kinds import Comparison, Demonstration, Judgement, Prompt, Ranking, Record
+from palate.data.kinds import Comparison, Demonstration, Judgement, Prompt, Ranking, Record, SegmentedComparison
+from palate.data.segments import comparison_to_correction
 
 
 def detect(record: dict[str, Any]) -> bool:
@@ -38,8 +42,17 @@ def convert(record: dict[str, Any], kind: str, source: str) -> list[Record]:
         chosen, rejected = (fields.required(record, name, source) for name in ("chosen", "rejected"))
         further = fields.options(record, "margin", "probability", "annotator")
         return [Comparison(prompt, chosen, rejected, source=source, **further)]
+    if kind == "corrections":
+        return [_correction(record, prompt, source)]
     response, desirable = (fields.required(record, name, source) for name in ("response", "desirable"))
     return [Judgement(prompt, response, desirable, source=source, **fields.options(record, "annotator"))]
+
+
+def _correction(record: dict[str, Any], prompt: Any, source: str) -> SegmentedComparison:
+    chosen, rejected = (fields.required(record, name, source) for name in ("chosen", "rejected"))
+    further = fields.options(record, "margin", "probability", "annotator")
+    plain = comparison_to_correction(Comparison(prompt, chosen, rejected, source=source, **further))
+    return replace(plain, **fields.options(record, "chosen_spans", "rejected_spans"))
 
 
 def to_json(record: Record) -> dict[str, Any]:
@@ -55,6 +68,10 @@ def to_json(record: Record) -> dict[str, Any]:
         return {"prompt": prompt, "responses": list(record.responses), "ranks": list(record.ranks), **annotator}
     if isinstance(record, Judgement):
         return {"prompt": prompt, "response": record.response, "desirable": record.desirable, **annotator}
+    if isinstance(record, SegmentedComparison):
+        spans = {name: getattr(record, name) for name in ("chosen_spans", "rejected_spans")}
+        marked = {name: [list(span) for span in value] for name, value in spans.items() if value is not None}
+        return {"prompt": prompt, "chosen": record.chosen, "rejected": record.rejected, **marked, **annotator}
     numbers = {"margin": record.margin, "probability": record.probability}
     given = {name: value for name, value in numbers.items() if value is not None}
     return {"prompt": prompt, "chosen": record.chosen, "rejected": record.rejected, **given, **annotator}

@@ -13,6 +13,7 @@ from typing import Any
 
 from palate.data.formats import fields
 from palate.data.kinds import Demonstration, Prompt, Ranking, Record, Unusable, at
+from palate.data.ranking import ratings_to_ranks
 
 SCORES = ("overall_score", "fine-grained_score")
 
@@ -34,8 +35,7 @@ def convert(record: dict[str, Any], kind: str, source: str) -> list[Record]:
         raise Unusable(at(source, "fewer than two completions."))
     if kind == "demonstrations":
         return [Demonstration(prompt, responses[scores.index(max(scores))], source=source)]
-    ranks = tuple(1 + sum(other > score for other in scores) for score in scores)
-    return [Ranking(prompt, tuple(responses), ranks, source=source)]
+    return [Ranking(prompt, tuple(responses), ratings_to_ranks(scores), source=source)]
 
 
 def _score(completion: dict[str, Any], source: str) -> float:

@@ -1,0 +1,120 @@
+"""An alarm, the history that rules look at, and what a few of its lines say together.
+
+A rule is a pure function ``rule(history) -> Alarm | None`` of the metrics so far; its alarm has its name.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something that goes wrong.
+
+    Attributes:
+        name: of the rule that raised it, and of a heading in docs/health.md.
+        step: batches done when it was seen.
+        evidence: one sentence with the numbers and what they were measured on.
+        numbers: the same for machines.
+        causes: likely ones, the likeliest first.
+        remedies: settings to give another run, the first to try first.
+    """
+
+    name: str
+    step: int
+    evidence: str
+    numbers: Mapping[str, float]
+    causes: Sequence[str]
+    remedies: Sequence[str]
+
+    def entry(self) -> dict[str, Any]:
+        """A line of ``alarms.jsonl``."""
+        return {**asdict(self), "causes": list(self.causes), "remedies": list(self.remedies)}
+
+
+@dataclass
+class History:
+    """The metrics of a run so far, in order, and what its settings are.
+
+    Attributes:
+        total: batches of the whole run.
+        settings: by dotted key; a key that the method has not is not there.
+        train, held_out: lines of ``metrics.jsonl``, a batch and an evaluation each.
+    """
+
+    total: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    train: list[Line] = field(default_factory=list)
+    held_out: list[Line] = field(default_factory=list)
+
+    def add(self, line: Line) -> None:
+        (self.train if line.get("split", "train") == "train" else self.held_out).append(line)
+
+    @property
+    def step(self) -> int:
+        """Batches done."""
+        return max((int(lines[-1]["step"]) for lines in (self.train, self.held_out) if lines), default=0)
+
+    @property
+    def window(self) -> int:
+        """Batches whose average is looked at: a tenth of the run, from 10 to 200."""
+        return min(200, max(10, self.total // 10))
+
+    @property
+    def recent(self) -> Sequence[Line]:
+        """The last ``window`` batches; fewer in a run that has not so many yet."""
+        return self.train[-self.window :]
+
+    @property
+    def first(self) -> Sequence[Line]:
+        return self.train[: self.window]
+
+    def get(self, key: str, default: float) -> float:
+        """A setting that is a number."""
+        value = self.settings.get(key)
+        return default if value is None else float(value)
+
+
+class Rule(Protocol):
+    """``None`` as long as nothing is wrong."""
+
+    __name__: str
+
+    def __call__(self, history: History) -> Alarm | None: ...
+
+
+class Average(NamedTuple):
+    """Mean over batches, and its standard error from how they differ (infinite for one batch)."""
+
+    mean: float
+    error: float
+
+
+def average(lines: Sequence[Line], *names: str) -> Average:
+    """Of a metric, or of the first minus the second, over lines."""
+    values = [line[names[0]] - (line[names[1]] if len(names) > 1 else 0.0) for line in lines]
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return Average(mean, math.inf)
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return Average(mean, math.sqrt(variance / len(values)))
+
+
+def has(lines: Sequence[Line], *names: str) -> bool:
+    """Are there lines, and do all have these metrics, as numbers?"""
+    return bool(lines) and all(math.isfinite(line.get(name, math.nan)) for line in lines for name in names)
+
+
+def text(alarm: Mapping[str, Any]) -> str:
+    """A line of ``alarms.jsonl`` for people."""
+    lines = [f"{alarm['name']} (step {alarm['step']}): {alarm['evidence']}"]
+    for title, key in (("likely causes", "causes"), ("what to try", "remedies")):
+        if alarm.get(key):
+            lines.append(f"  {title}: " + "; ".join(alarm[key]))
+    return "\n".join(lines)

@@ -1,0 +1,48 @@
+"""Rules asked at every line of a run's metrics; each alarm is raised once, in ``alarms.jsonl`` and aloud."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from palate.health import preferences
+from palate.health.alarm import History, Rule, text
+from palate.training import log
+
+Metrics = dict[str, Any]
+RULES: tuple[Rule, ...] = (*preferences.RULES,)
+FILE = "alarms.jsonl"
+
+
+def alarmed(
+    stream: Iterable[Metrics],
+    folder: Path,
+    history: History,
+    say: Callable[[str], None],
+    rules: Sequence[Rule] = RULES,
+) -> Iterator[Metrics]:
+    """The same metrics; what goes wrong is written and said when it is first seen.
+
+    Args:
+        stream: from the loop, which has cut the run's files back to its checkpoint and written a line when it yields it. An
+            alarm is written before the loop goes on, so a checkpoint knows of it: a resumed run raises the same alarms.
+        folder: the run's.
+        history: empty; filled from the run's ``metrics.jsonl``, so a resumed run knows what was before.
+        say: told the alarm in words.
+    """
+    raised: set[str] | None = None
+    for metrics in stream:
+        if raised is None:
+            raised = {alarm["name"] for alarm in log.read(folder, FILE)}
+            for line in log.read(folder, "metrics.jsonl"):
+                history.add(line)
+        else:
+            history.add(metrics)
+        for rule in rules:
+            alarm = None if rule.__name__ in raised else rule(history)
+            if alarm is not None:
+                raised.add(alarm.name)
+                log.append(folder, FILE, alarm.entry())
+                say(f"ALARM {text(alarm.entry())}")
+        yield metrics
