@@ -56,8 +56,13 @@ def batch_of(reads, seed=0):
 
 
 def batch_for(method, seed=0):
-    """A batch of the method's kind, without the facts for which it says that it has no place."""
-    return replace(batch_of(method.reads, seed), **dict.fromkeys(getattr(method, "refuses", ())))
+    """A batch of the method's kind, without the facts for which it says that it has no place; drawn by whom it says: of
+    three responses to a prompt, two by the first."""
+    batch = replace(batch_of(method.reads, seed), **dict.fromkeys(getattr(method, "refuses", ())))
+    whose = getattr(method, "drawn_by", ())
+    if len(whose) > 1:
+        batch = replace(batch, extras={**batch.extras, "drawn_by": [whose[0], whose[0], whose[1]] * 4})
+    return batch
 
 
 def scalar_of(policy, seed=0, dtype=torch.float32):

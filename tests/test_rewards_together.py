@@ -361,7 +361,7 @@ def test_a_run_measures_once_writes_the_numbers_down_and_resumes_with_them(base,
     with pytest.raises(KeyboardInterrupt):
         start(base / "cut", reward)
     monkeypatch.setattr(stage_run, "train", real)
-    monkeypatch.setattr(reward_scale, "sample", None)  # not to be called
+    monkeypatch.setattr(reward_scale, "rollout_of", None)  # not to be called
     start(base / "cut", reward)
     for name in ("metrics.jsonl", "samples.jsonl", "model/model.safetensors"):
         assert (base / "cut" / name).read_bytes() == (whole / name).read_bytes()

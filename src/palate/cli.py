@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from palate.cli_soup import soup
 from palate.cli_sweep import sweep
 from palate.errors import ConfigError, PalateError
 
@@ -314,6 +315,7 @@ def run(
 
 
 app.command()(sweep)
+app.command()(soup)
 
 
 @app.command()

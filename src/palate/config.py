@@ -404,7 +404,8 @@ def long_forms(layer: Layer) -> Layer:
     """The short forms, spelled out."""
     values, places = dict(layer.values), dict(layer.places)
     for short, long in _SHORT.items():
-        if short in values and not isinstance(values[short], Mapping) and (short, values[short]) != ("environment", None):
+        given = values.get(short, {})
+        if not isinstance(given, Mapping) and not (given is None and short == "environment"):
             value, place = values.pop(short), places.pop(short, "")
             section = long.partition(".")[0]
             if section in values:

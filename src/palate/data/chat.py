@@ -174,7 +174,7 @@ class Chat:
             context = str(prompt) + "".join(turn["content"] for turn in (*before, said))
             ids = self._tokenizing.continuations([context], [reply["content"]])[0]
             if not ids:
-                raise ModelError("the reply to the policy is an empty text, which no token of plain text can stand for.")
+                raise ModelError("the reply to the policy is an empty text, for which there is no token in plain text.")
             return ids
         marked = [*self.messages(prompt), *before, {**said, "content": MARK}, reply]
         _, found, after = render(self.tokenizer, self.conversation_template, marked, respond=True).partition(MARK)

@@ -18,7 +18,7 @@ from palate.functional.advantages import group_stds
 from palate.functional.divergences import k1, k2, k3
 from palate.functional.masked import masked_mean, masked_variance
 from palate.models.forward import score_responses, token_logprobs
-from palate.types import Mean, Models, Tokens, Trajectories
+from palate.types import Mean, Models, Scored, Tokens, Trajectories
 
 
 class Measured(NamedTuple):
@@ -30,30 +30,31 @@ class Measured(NamedTuple):
     metrics: dict[str, Mean]
 
 
-def measure(models: Models, tokens: Tokens, temperature: float) -> Measured:
+def measure(models: Models, tokens: Tokens, temperature: float, scored: Scored | None = None) -> Measured:
     """Ask policy, reference (if there is one) and reward, once each.
 
     Args:
         temperature: of the sampling distribution.
+        scored: what the reward said, where it was asked before.
     """
     assert models.policy is not None and models.reward is not None
     logprobs = token_logprobs(models.policy, tokens, temperature=temperature)
     reference = None
     if models.reference is not None:
         reference = token_logprobs(models.reference, tokens, temperature=temperature)
-    scored = score_responses(models.reward, tokens)
+    scored = score_responses(models.reward, tokens) if scored is None else scored
     metrics = {f"score/{name}": Mean.of(part) for name, part in scored.parts.items()}
     metrics |= rollout_metrics(tokens, logprobs, reference, scored.scores)
     return Measured(logprobs, reference, scored.scores, metrics)
 
 
 def rollout_metrics(
-    tokens: Tokens, logprobs: Tensor, reference_logprobs: Tensor | None, scores: Tensor
+    tokens: Tokens, logprobs: Tensor | None, reference_logprobs: Tensor | None, scores: Tensor
 ) -> dict[str, Mean]:
     """What every method that samples reports of its batch.
 
     Args:
-        logprobs, reference_logprobs: [N, T], nats, zero outside the response; None = no reference, and no KL to it.
+        logprobs, reference_logprobs: [N, T], nats, zero outside the response; None = not asked, and no KL of it.
         scores: [N], as the reward model gave them.
     """
     mask = tokens.response_mask
@@ -62,7 +63,7 @@ def rollout_metrics(
         "score/std": Mean.of(scores.std(unbiased=False)),
         "length/response": Mean.of(mask.sum(-1).float()),
     }
-    if reference_logprobs is not None:
+    if logprobs is not None and reference_logprobs is not None:
         metrics["kl/reference"] = Mean.of(torch.where(mask, k1(logprobs, reference_logprobs), 0).sum(-1))
         metrics["kl/reference_k3"] = Mean.of(torch.where(mask, k3(logprobs, reference_logprobs), 0).sum(-1))
     if "finished" in tokens.extras:
@@ -70,7 +71,7 @@ def rollout_metrics(
     if "turns" in tokens.extras:
         metrics["length/turns"] = Mean.of(torch.as_tensor(tokens.extras["turns"]).float())
     sampler = tokens.extras.get("sampler_logprobs")
-    if isinstance(sampler, Tensor):
+    if logprobs is not None and isinstance(sampler, Tensor):
         metrics["kl/sampler"] = Mean.of(k3(sampler[mask], logprobs[mask]))
     return metrics
 
@@ -83,7 +84,7 @@ def rows_drawn_by(method: str, tokens: Tokens, who: str) -> Tensor:
     """
     whose = tokens.extras.get("drawn_by", ())
     rows = torch.tensor([i for i, name in enumerate(whose) if name == who], dtype=torch.long, device=tokens.ids.device)
-    if len(tokens.group[rows].unique()) != len(tokens.group.unique()):
+    if len(torch.unique(tokens.group[rows])) != len(torch.unique(tokens.group)):
         raise DataError(f'{method}: the sampler drew no responses of "{who}" to some prompt, and the method needs one.')
     return rows
 
@@ -157,16 +158,18 @@ def with_groups(method: str, batch: Trajectories) -> Trajectories:
     Raises:
         DataError: no prompt has two responses, so that there is nothing to compare with.
     """
-    group = batch.tokens.group
-    stds, equal, counts = group_stds(batch.scores, group)
+    return replace(batch, metrics={**batch.metrics, **group_metrics(method, batch.scores, batch.tokens.group)})
+
+
+def group_metrics(method: str, scores: Tensor, group: Tensor) -> dict[str, Mean]:
+    """How far the scores, [N], of the responses to one prompt are apart; raises as ``with_groups``."""
+    stds, equal, counts = group_stds(scores, group)
     if len(group) and int(counts.max()) < 2:
         raise DataError(
             f"{method} compares the responses to one prompt with each other, and every prompt has one. Set "
             "samples_per_prompt to 2 or more."
         )
-    return replace(
-        batch, metrics={**batch.metrics, "groups/score_std": Mean.of(stds), "groups/all_equal": Mean.of(equal.float())}
-    )
+    return {"groups/score_std": Mean.of(stds), "groups/all_equal": Mean.of(equal.float())}
 
 
 # --- what a loss reports ----------------------------------------------------------------------------------------------
@@ -193,17 +196,18 @@ def policy_metrics(
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (("epochs", "minibatches", "ptx_batch_size", "max_new_tokens"), lambda x: x >= 1, "1 or more"),
-    (("clip", "value_clip", "score_clip", "temperature", "clip_high"), lambda x: x > 0, "a number above 0"),
+    (("epochs", "minibatches", "keep", "ptx_batch_size", "max_new_tokens"), lambda x: x >= 1, "1 or more"),
+    (("beta", "clip", "value_clip", "score_clip", "temperature", "clip_high"), lambda x: x > 0, "a number above 0"),
     (("clip_low",), lambda x: 0 < x <= 1, "a number above 0, at most 1"),
     (("adaptive_kl_target", "adaptive_kl_horizon", "target_kl", "kl_budget"), lambda x: x > 0, "a number above 0"),
+    (("alpha",), lambda x: 0 <= x < math.inf, "0 or more"),
     (
         ("kl_coef", "value_coef", "entropy_coef", "missing_eos_penalty", "ptx_coef", "std_eps", "overlong_buffer"),
         lambda x: 0 <= x < math.inf,
         "0 or more",
     ),
     (("refills",), lambda x: x >= 0, "0 or more"),
-    (("gamma", "lam", "baseline_decay"), lambda x: 0 <= x <= 1, "a number from 0 to 1"),
+    (("gamma", "lam", "baseline_decay", "mixture"), lambda x: 0 <= x <= 1, "a number from 0 to 1"),
     (("dual_clip",), lambda x: x > 1, "a number above 1"),
 )
 

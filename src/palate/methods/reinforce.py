@@ -107,7 +107,7 @@ class Reinforce:
 
     def _without_greedy(self, models: Models, batch: Tokens) -> tuple[Tokens, Tensor]:
         """The sampled rows, and for each the score of the greedy response to its prompt, [N]."""
-        sampled, greedy = (batch.select(rows_drawn_by("reinforce", batch, who)) for who in ("policy", "greedy"))
+        greedy, sampled = (batch.select(rows_drawn_by("reinforce", batch, who)) for who in ("greedy", "policy"))
         assert models.reward is not None
         scores = self._shaped(score_responses(models.reward, greedy).scores, greedy)
         place = torch.searchsorted(greedy.group, sampled.group)  # one a group, ascending

@@ -22,6 +22,7 @@ from palate.evaluation.reward_model import RewardModelReport, evaluate_reward_mo
 from palate.generation.sampler import sample
 from palate.models.forward import response_scores, score_responses
 from palate.models.heads import normalise
+from palate.models.preferences import compares
 from palate.run_folder import write_text
 from palate.stage.rollout import rollout_of
 from palate.training import log
@@ -102,7 +103,8 @@ class Witness:
     """The policy's responses to the same few prompts, before and after training."""
 
     def __init__(self, config: RunConfig, chat: Chat, items: Sequence[Item], reward: Any) -> None:
-        self.config, self.chat, self.reward = config, chat, reward
+        self.config, self.chat = config, chat
+        self.reward = None if compares(reward) else reward  # one that compares has no score of a response alone
         records = [Prompt(item.record.prompt, _fields(item.record), item.record.source) for item in items[:SHOWN]]
         length = max(2, (config.data.max_length or 0) - config.sampling.max_new_tokens)
         self.items, _ = encode_records(records, "prompts", chat, max_length=length)

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from palate.data.collate import Item, prompt_ids
-from palate.data.kinds import Conversation, Message, Prompt, PromptText
+from palate.data.kinds import Conversation, Message, Prompt, PromptText, at
 from palate.environment import Environment
+from palate.errors import DataError, ModelError
 from palate.generation.checks import context_length
 from palate.generation.sampler import sample
 from palate.training.order import seeded
@@ -113,7 +114,10 @@ class Conversations(Rollout):
         talk.said.append({"role": turn.role, "content": turn.text})
         if not talk.goes_on:
             return
-        ids = self.chat.encode_reply(talk.asked, talk.said)
+        try:
+            ids = self.chat.encode_reply(talk.asked, talk.said)
+        except (DataError, ModelError) as error:
+            raise type(error)(at(source, str(error))) from None
         if len(talk.ids) + len(ids) >= longest:
             talk.goes_on = talk.finished = False
         else:
@@ -142,7 +146,9 @@ class Conversations(Rollout):
         """The record of a row: what was said before the last turn is its prompt."""
         last = max(i for i, turn in enumerate(talk.said) if turn["role"] == "assistant")
         told = {"conversation": tuple(talk.said), "environment_reward": talk.reward}
-        return Prompt(self._before(talk.asked, talk.said[:last]), {**talk.fields, **told}, getattr(record, "source", ""))
+        return Prompt(
+            self._before(talk.asked, talk.said[:last]), {**talk.fields, **told}, getattr(record, "source", "")
+        )
 
     def _before(self, prompt: PromptText, turns: Sequence[Message]) -> PromptText:
         if not turns:
@@ -208,9 +214,7 @@ def _responses(drawn: Tokens) -> list[tuple[list[int], list[float], bool]]:
     """Ids, log-probs and whether a stop token ended them, of each row's response."""
     ids, mask, logprobs = (x.cpu() for x in (drawn.ids, drawn.response_mask, drawn.extras["sampler_logprobs"]))  # type: ignore[union-attr]
     ends: Any = drawn.extras["finished"]
-    return [
-        (ids[i][mask[i]].tolist(), logprobs[i][mask[i]].tolist(), end) for i, end in enumerate(ends.cpu().tolist())
-    ]
+    return [(ids[i][mask[i]].tolist(), logprobs[i][mask[i]].tolist(), end) for i, end in enumerate(ends.cpu().tolist())]
 
 
 def _prompt_of(item: Item) -> PromptText:

@@ -16,7 +16,6 @@ from palate.generation.sampler import SamplingSettings, sample
 from palate.training.order import seeded
 from palate.types import Tokens, joined
 
-
 # Who may draw a row, and what is added to the seed: policy and reference begin as the same weights, and with the same
 # random numbers they would draw the same responses.
 DRAWERS: dict[str, tuple[int, ...]] = {"policy": (), "greedy": (), "reference": (0x4EF0,), "mixture": (0x3180,)}

@@ -24,6 +24,7 @@ from palate.models.rewards.function import FunctionReward
 from palate.models.rewards.length import LengthReward
 from palate.models.rewards.load import load_reward
 from palate.models.rewards.parts import Scale, WeightedReward, check_records, members, unmeasured
+from palate.models.rewards.preference import PreferenceFunction
 from palate.models.rewards.spec import first_folder, is_unmeasured, with_scales
 from palate.models.rewards.text import TextRewardModel
 
@@ -35,6 +36,7 @@ __all__ = [
     "EnsembleReward",
     "FunctionReward",
     "LengthReward",
+    "PreferenceFunction",
     "Scale",
     "TextRewardModel",
     "WeightedReward",

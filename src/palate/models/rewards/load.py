@@ -19,6 +19,7 @@ from palate.models.rewards.find import find_function
 from palate.models.rewards.function import FunctionReward
 from palate.models.rewards.length import LengthReward
 from palate.models.rewards.parts import Scale, WeightedReward, unmeasured
+from palate.models.rewards.preference import PreferenceFunction, is_preference
 from palate.models.rewards.spec import KINDS, One, Spec, kind_of, long_form, parts_of, read_one
 from palate.models.rewards.text import TextRewardModel
 from palate.types import Reward
@@ -92,7 +93,7 @@ def _parts(specs: Mapping[Any, Any], chat: Chat, place: Place, measuring: bool) 
 def _one(spec: Any, chat: Chat, place: Place, measuring: bool) -> _Part:
     """A single reward, or a sum within a sum."""
     if callable(spec):
-        reward = FunctionReward(spec, chat)
+        reward = _function(spec, chat, None)
         return _Part(reward.name, reward)
     spec = long_form(spec)
     kind = kind_of(spec)
@@ -115,7 +116,7 @@ def _made(one: One, chat: Chat, place: Place, measuring: bool) -> tuple[str, Any
     if one.kind == "url":
         return name or "endpoint", EndpointReward(str(where), chat, name=name or "endpoint", **options)
     if one.kind == "function":
-        function = FunctionReward(where if callable(where) else find_function(str(where)), chat, name)
+        function = _function(where if callable(where) else find_function(str(where)), chat, name)
         return function.name, function
     if one.kind == "classifier":
         made = ClassifierReward(str(where), chat=chat, dtype=place[0], device=place[1], name=name, **options)
@@ -123,6 +124,11 @@ def _made(one: One, chat: Chat, place: Place, measuring: bool) -> tuple[str, Any
     assert one.kind == "model", one.kind
     name = name or _folder_name(str(where))
     return name, _model(str(where), chat, place, name)
+
+
+def _function(function: Any, chat: Chat, name: str | None) -> FunctionReward | PreferenceFunction:
+    """One that has a parameter ``others`` compares; any other scores."""
+    return (PreferenceFunction if is_preference(function) else FunctionReward)(function, chat, name)
 
 
 def _ensemble(one: One, chat: Chat, place: Place, measuring: bool) -> EnsembleReward:
