@@ -21,6 +21,8 @@ from difflib import SequenceMatcher
 from palate.data.kinds import Comparison, SegmentedComparison, Spans, at
 from palate.errors import DataError
 
+Place = tuple[int, int]  # start and end of a word in its text
+
 # Scripts that put no space between words: Han, Hiragana, Katakana.
 _ALONE = (
     "\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
@@ -45,8 +47,8 @@ def changed_spans(chosen: str, rejected: str) -> tuple[Spans, Spans]:
     # SequenceMatcher treats its two sides differently; in a fixed order, who was chosen makes no difference.
     one, two = sorted((chosen, rejected))
     first, second = ([match.span() for match in _WORD.finditer(text)] for text in (one, two))
-    matcher = SequenceMatcher(None, [one[a:b] for a, b in first], [two[a:b] for a, b in second], autojunk=False)
-    kept = [(first[i + k], second[j + k]) for i, j, n in matcher.get_matching_blocks() for k in range(n)]
+    same = _equal_words([one[a:b] for a, b in first], [two[a:b] for a, b in second])
+    kept = [(first[i], second[j]) for i, j in _latest(same, (one, first), (two, second))]
     found: list[tuple[tuple[int, int], tuple[int, int]]] = []
     end_one = end_two = 0
     for (start_one, next_one), (start_two, next_two) in [*kept, ((len(one),) * 2, (len(two),) * 2)]:
@@ -57,6 +59,55 @@ def changed_spans(chosen: str, rejected: str) -> tuple[Spans, Spans]:
         end_one, end_two = next_one, next_two
     spans = tuple(a for a, _ in found), tuple(b for _, b in found)
     return spans if chosen == one else (spans[1], spans[0])
+
+
+def _equal_words(one: Sequence[str], two: Sequence[str]) -> list[tuple[int, int]]:
+    """Numbers of words that are equal in two texts, in order.
+
+    Those that both begin and end with first: SequenceMatcher takes the longest stretch, which where words are repeated need
+    not be at its place, and says more than was done.
+    """
+    begin = _common(one, two)
+    end = _common(one[begin:][::-1], two[begin:][::-1])
+    middle = one[begin : len(one) - end], two[begin : len(two) - end]
+    blocks = SequenceMatcher(None, *middle, autojunk=False).get_matching_blocks()
+    return [
+        *((k, k) for k in range(begin)),
+        *((begin + i + k, begin + j + k) for i, j, n in blocks for k in range(n)),
+        *((len(one) - k, len(two) - k) for k in range(end, 0, -1)),
+    ]
+
+
+def _common(one: Sequence[str], two: Sequence[str]) -> int:
+    """How many words two texts begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, two, strict=False)) if a != b), min(len(one), len(two)))
+
+
+def _latest(
+    same: Sequence[tuple[int, int]], one: tuple[str, Sequence[Place]], two: tuple[str, Sequence[Place]]
+) -> list[tuple[int, int]]:
+    """Equal words with what one text alone has as far to the right as it goes.
+
+    Of ``a, b, c`` without ``b`` either ``, b`` or ``b,`` may be said to be missing. The texts part at ``b``: it is the first
+    word that is changed, and ``c`` the word after the seam.
+
+    Args:
+        same: numbers of equal words, in order.
+        one, two: a text and where its words are.
+    """
+    (text_one, first), (text_two, second) = one, two
+    found: list[tuple[int, int]] = []
+    i = j = -1  # the equal words before
+    for next_i, next_j in same:
+        at_one, at_two = first[i + 1], second[j + 1]  # where the texts go on
+        one_alone = (next_i > i + 1) != (next_j > j + 1)
+        ends = first[i][1] if i >= 0 else 0, second[j][1] if j >= 0 else 0
+        # The white space before is compared, too.
+        if one_alone and text_one[ends[0] : at_one[1]] == text_two[ends[1] : at_two[1]]:
+            next_i, next_j = i + 1, j + 1
+        found.append((next_i, next_j))
+        i, j = next_i, next_j
+    return found
 
 
 def _shared_space(one: str, two: str) -> tuple[int, int]:

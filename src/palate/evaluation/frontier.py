@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from palate.evaluation.statistics import Interval, cluster_bootstrap
 
-# Quantities of which less is better; "kl/..." and "length/..." too.
+# Quantities of which less is better; "kl/..." and "length/..." too, and the same on held-out records ("held_out/loss").
 LESS_IS_BETTER = ("kl", "length", "loss", "nll", "ece")
 SHARES = ("accuracy", "length/no_eos")  # values of 0 and 1
 
@@ -23,10 +23,10 @@ SHARES = ("accuracy", "length/no_eos")  # values of 0 and 1
 def less_is_better(quantity: str) -> bool:
     """Whether a quantity is a price (distance, length, loss) rather than a gain.
 
-    >>> [less_is_better(name) for name in ("kl", "length/response", "score/helpful", "gold")]
-    [True, True, False, False]
+    >>> [less_is_better(name) for name in ("kl", "length/response", "held_out/loss", "score/helpful", "gold")]
+    [True, True, True, False, False]
     """
-    return quantity.partition("/")[0] in LESS_IS_BETTER
+    return quantity.removeprefix("held_out/").partition("/")[0] in LESS_IS_BETTER
 
 
 def means(

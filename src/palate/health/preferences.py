@@ -103,17 +103,21 @@ def length_drift(history: History) -> Alarm | None:
     names = ("reward/longer", "length/longer_preferred")
     if not _under_way(history, 4) or not has(history.recent, *names, "reward/length_slope"):
         return None
-    reward, labels = (average(history.recent, name).mean for name in names)
-    gap, error = average(history.recent, *names)
+    # A batch in which no pair differs in length has 0 everywhere, which is no share; in any other a share of 0 has a slope.
+    lines = [line for line in history.recent if line["reward/longer"] or line["reward/length_slope"]]
+    if not lines:
+        return None
+    reward, labels = (average(lines, name).mean for name in names)
+    gap, error = average(lines, *names)
     sign = 1 if gap > 0 else -1
     if sign * (reward - 0.5) <= LENGTH_GAP or abs(gap) <= max(LENGTH_GAP, SURE * error):
         return None
-    slope = average(history.recent, "reward/length_slope").mean
+    slope = average(lines, "reward/length_slope").mean
     higher, preferred = (reward, labels) if gap > 0 else (1 - reward, 1 - labels)
     which = "longer" if gap > 0 else "shorter"
     evidence = (
         f"of pairs of unlike length the {which} response has the higher reward in {100 * higher:.0f} % and is preferred in "
-        f"{100 * preferred:.0f} % (last {len(history.recent)} batches; alarm at {100 * LENGTH_GAP:.0f} points between them); a "
+        f"{100 * preferred:.0f} % (last {len(lines)} batches with such pairs; alarm at {100 * LENGTH_GAP:.0f} points between them); a "
         f"token is worth {slope:+.3g} reward units."
     )
     rate = history.get("training.learning_rate", 0.0)

@@ -12,8 +12,8 @@ which cancels in a pair. Up to constants:
 
 ``alpha`` is the paper's. Elsewhere (TRL since 2026) f'(u) = (u^(a - 1) - 1)/(a - 1): that a is 1 - alpha.
 
-All but reverse_kl stop paying for more probability once u is large (f' is bounded above) and forbid, more (forward_kl) or
-less (js not at all), to let a probability go to 0. Fixed point on Bradley-Terry data with reward r: pi_ref(y|x) u(y), where
+All but reverse_kl stop paying for more probability once u is large (f' is bounded above). Losing probability costs log u
+with js as with reverse_kl, and 1/u or u^-alpha, which is more, with forward_kl and alpha. Fixed point on Bradley-Terry data with reward r: pi_ref(y|x) u(y), where
 beta f'(u) = r + c(x) and c makes the probabilities add up to 1.
 
 Where -h or -alpha h is above 30 the exponential goes on as its tangent: e^30 is beyond any step that an optimizer could

@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from palate.errors import DataError
 from palate.methods.dpo import check_positive, log_ratios, with_reference
 from palate.methods.reward import reward_accuracy
-from palate.models.forward import response_logprobs
+from palate.models.forward import context_length, response_logprobs
 from palate.types import Judgements, Mean, Models, Tokens, groups
 
 
@@ -53,10 +53,14 @@ def kto_loss(
     return torch.where(desirable, gain, loss)
 
 
-def mismatched(tokens: Tokens) -> Tokens:
+def mismatched(tokens: Tokens, longest: int | None = None) -> Tokens:
     """Every response after the prompt of the group before its own (of the last group, for the first); right-padded.
 
     With one response a prompt these are the paper's pairs (x_i, y_{i+1}).
+
+    Args:
+        tokens: rows, each of which fits.
+        longest: tokens of a row at most; a prompt that is too long for another's response loses its beginning.
     """
     parts = groups(tokens)
     before = {int(tokens.group[rows[0]]): parts[i - 1][0] for i, rows in enumerate(parts)}
@@ -66,6 +70,8 @@ def mismatched(tokens: Tokens) -> Tokens:
     for row in range(len(tokens)):
         donor = before[int(tokens.group[row])]
         prompt, answer = tokens.ids[donor][is_prompt[donor]], is_response[row]
+        if longest is not None:
+            prompt = prompt[-max(1, longest - int(answer.sum())) :]
         ids.append(torch.cat([prompt, tokens.ids[row][answer]]))
         answers.append(torch.cat([torch.zeros_like(prompt, dtype=torch.bool), tokens.response_mask[row][answer]]))
         group.append(tokens.group[donor])
@@ -110,7 +116,7 @@ class KTO:
                 "kto: a batch with a single prompt; its KL estimate needs the response to another. "
                 "Set training.batch_size to 2 or more, and give as many prompts to train and to validate on."
             )
-        others = mismatched(batch.tokens)
+        others = mismatched(batch.tokens, context_length(models.policy))
         ratio = response_logprobs(models.policy, others) - response_logprobs(models.reference, others)  # [N]
         estimate = Mean.of(ratio, others.response_mask.any(-1))
         kl = (estimate.total / estimate.count.clamp(min=1)).clamp(min=0).detach()

@@ -103,6 +103,13 @@ def response_scores(model: nn.Module, tokens: Tokens) -> Tensor:
     return _scatter(tokens, parts)[:, 0]
 
 
+def context_length(model: nn.Module) -> int | None:
+    """Tokens of a row that the model has positions for; None = it names no limit."""
+    inner, _ = _unwrap(model)
+    config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
+    return getattr(config, "max_position_embeddings", None)
+
+
 def score_responses(reward: nn.Module | Reward, tokens: Tokens, name: str = "") -> Scored:
     """Scores from any kind of reward: a scalar model on the same ids, or a ``Reward`` that reads text.
 

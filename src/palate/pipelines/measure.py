@@ -145,7 +145,7 @@ def implicit(
     """What the policy itself says of held-out pairs: log pi(y|x)/ref(y|x) as the reward (DPO, eq. 5, without beta).
 
     Args:
-        items: of comparisons or rankings.
+        items: of comparisons, corrections or rankings.
     Returns:
         "accuracy": share of pairs in which chosen has the higher log-ratio, ties 1/2; "margin": their difference, nats.
     """

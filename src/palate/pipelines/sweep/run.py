@@ -226,7 +226,8 @@ class _Tape:
             self.start = {} if self.stick.reference is None else self._own(self.stick.measure(self.stick.reference))
         policy, stick, kind = run_policy(config.out, config), self.stick, config.method.settings.reads
         measured = self._own(stick.measure(policy))
-        if stick.reward is None and stick.reference is not None and kind in ("comparisons", "rankings") and records:
+        paired = kind in ("comparisons", "corrections", "rankings")
+        if stick.reward is None and stick.reference is not None and paired and records:
             from palate.data.collate import encode_records
 
             items, _ = encode_records(records, kind, stick.chat, max_length=config.data.max_length or 1024)
