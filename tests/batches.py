@@ -87,7 +87,9 @@ def models_for(method, dtype=torch.float32, seed=0):
         )
         setattr(models, role, model.requires_grad_(role in method.trains))
     if cost := getattr(method, "cost", None):  # a reward of named parts, one of which is the cost
-        models.reward = WeightedReward({"score": (models.reward, 1.0), cost: (scalar_of(tiny(seed=seed), 9, dtype), 0.0)})
+        models.reward = WeightedReward(
+            {"score": (models.reward, 1.0), cost: (scalar_of(tiny(seed=seed), 9, dtype), 0.0)}
+        )
     return models
 
 

@@ -167,7 +167,10 @@ def trpo_distance(folder, phases=PHASES, **changes):
     for phase, (delta, steps, samples) in enumerate(phases):
         run = a_run(
             folder / str(phase),
-            TRPO(**{"kl_coef": 0.5, "lam": 1.0, "delta": delta, "damping": 1e-4, "epochs": 8, "value_clip": None} | changes),
+            TRPO(
+                **{"kl_coef": 0.5, "lam": 1.0, "delta": delta, "damping": 1e-4, "epochs": 8, "value_clip": None}
+                | changes
+            ),
             policy,
             learning_rate=0.1,
             max_steps=steps,

@@ -15,7 +15,6 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 import torch
 
-
 BETA, STEPS, RATE = 0.5, 2000, 1.0
 RESPONSES = [(*words, 0) for n in range(3) for words in product((1, 2), repeat=n)] + list(product((1, 2), repeat=3))
 STATES = sorted({r[:i] for r in RESPONSES for i in range(len(r))})

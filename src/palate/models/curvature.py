@@ -55,7 +55,13 @@ def fisher_product(
 
 @torch.no_grad()
 def kl_to_moved(
-    model: nn.Module, tokens: Tokens, parameters: Sequence[Tensor], old: Tensor, new: Tensor, *, temperature: float = 1.0
+    model: nn.Module,
+    tokens: Tokens,
+    parameters: Sequence[Tensor],
+    old: Tensor,
+    new: Tensor,
+    *,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Sum over response tokens of KL(pi_old(.|s) || pi_new(.|s)), whole vocabulary, nats; the model is left at ``new``.
 

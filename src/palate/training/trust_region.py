@@ -36,7 +36,9 @@ def trust_region_step(run: Run, batch: Batch, parameters: Sequence[Tensor], regi
         ConfigError: weights or products are not float32 at least: conjugate gradient in bf16 fails.
     """
     if run.dtype != "float32":
-        raise ConfigError("a trust region needs exact curvature: set dtype=float32 (bfloat16 and mixed are too coarse).")
+        raise ConfigError(
+            "a trust region needs exact curvature: set dtype=float32 (bfloat16 and mixed are too coarse)."
+        )
     parts = list(microbatches(batch, run.settings.microbatch_tokens(run.device.type)))
     states = float(sum(int(part.tokens.response_mask.sum()) for part in parts))
     temperature = float(getattr(run.method, "temperature", 1.0))
