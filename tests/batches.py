@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass, replace
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from palate.models.rewards import WeightedReward
 from palate.training.loop import Run
 from palate.training.settings import TrainingSettings
 from palate.types import Comparisons, Judgements, Models, Rankings, Tokens, groups, microbatches
@@ -55,8 +56,13 @@ def batch_of(reads, seed=0):
 
 
 def batch_for(method, seed=0):
-    """A batch of the method's kind, without the facts for which it says that it has no place."""
-    return replace(batch_of(method.reads, seed), **dict.fromkeys(getattr(method, "refuses", ())))
+    """A batch of the method's kind, without the facts for which it says that it has no place; drawn by whom it says: of
+    three responses to a prompt, two by the first."""
+    batch = replace(batch_of(method.reads, seed), **dict.fromkeys(getattr(method, "refuses", ())))
+    whose = getattr(method, "drawn_by", ())
+    if len(whose) > 1:
+        batch = replace(batch, extras={**batch.extras, "drawn_by": [whose[0], whose[0], whose[1]] * 4})
+    return batch
 
 
 def scalar_of(policy, seed=0, dtype=torch.float32):
@@ -80,6 +86,10 @@ def models_for(method, dtype=torch.float32, seed=0):
             causal if role in ("policy", "reference") else scalar_of(tiny("llama", seed=seed + number), number, dtype)
         )
         setattr(models, role, model.requires_grad_(role in method.trains))
+    if cost := getattr(method, "cost", None):  # a reward of named parts, one of which is the cost
+        models.reward = WeightedReward(
+            {"score": (models.reward, 1.0), cost: (scalar_of(tiny(seed=seed), 9, dtype), 0.0)}
+        )
     return models
 
 

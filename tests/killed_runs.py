@@ -23,6 +23,8 @@ from palate.data.collate import collate, encode_records
 from palate.data.records import Comparison, Demonstration, Prompt
 from palate.generation import decode
 from palate.generation.settings import SamplingSettings
+from palate.methods.grpo import GRPO
+from palate.methods.nash_md import NashMD
 from palate.methods.ppo import PPO
 from palate.methods.reward import RewardModel
 from palate.methods.sft import SFT
@@ -58,13 +60,15 @@ def build(name):
         "sft": SFT(),
         "reward": RewardModel(centring=0.01),
         "ppo": PPO(epochs=2, minibatches=2, adaptive_kl_target=0.5, adaptive_kl_horizon=50.0, normalise_scores=True),
+        "grpo": GRPO(epochs=2, minibatches=2),
+        "nash_md": NashMD(mixture=0.5),
     }[name]
     items, _ = encode_records(records(method.reads), method.reads, chat, max_length=24)
     policy, reward = tiny("llama"), scalar_of(tiny("llama"), seed=1)
     models = Models(reward=reward) if name == "reward" else Models(policy=policy)
-    if name == "ppo":
-        models = Models(policy, frozen_copy(policy), frozen_copy(reward), reward)
-    best = {"sft": "loss", "reward": "reward/accuracy", "ppo": "score"}[name]
+    if method.reads == "prompts":
+        models = Models(policy, frozen_copy(policy), frozen_copy(reward), reward if name == "ppo" else None)
+    best = {"sft": "loss", "reward": "reward/accuracy"}.get(name, "score")
     return Run(
         folder=Path(),
         method=method,
@@ -84,10 +88,16 @@ def build(name):
         ),
         items=items[:7],
         validation=items[7:],
-        collate=None if name == "ppo" else lambda items: collate(items, method.reads),
-        rollout=Rollout(policy, chat, SamplingSettings(max_new_tokens=6), 2) if name == "ppo" else None,
-        starts_at_reference=name == "ppo",
+        collate=None if method.reads == "prompts" else lambda items: collate(items, method.reads),
+        rollout=rollout_of(method, models, chat) if method.reads == "prompts" else None,
+        starts_at_reference=method.reads == "prompts",
     )
+
+
+def rollout_of(method, models, chat):
+    whose = getattr(method, "drawn_by", ("policy",))
+    settings = SamplingSettings(max_new_tokens=6)
+    return Rollout(models.policy, chat, settings, 2, whose, models.reference, getattr(method, "mixture", 0.0))
 
 
 def die(*_):
@@ -163,7 +173,7 @@ def arm(moment):
         torch.Tensor.backward = at_call(torch.Tensor.backward, number, die)
 
 
-RUNS = {name: build(name) for name in ("sft", "reward", "ppo")}
+RUNS = {name: build(name) for name in ("sft", "reward", "ppo", "grpo", "nash_md")}
 
 
 def process(name, folder, moment="", seconds=None):
@@ -207,14 +217,16 @@ def difference(name, folder, wanted, moments):
 
 def main(root):
     results = {}
-    for name in RUNS:
+    for name, run in RUNS.items():
         started = time.perf_counter()
         assert process(name, root / name / "whole")
         duration = time.perf_counter() - started
         wanted = contents(root / name / "whole")
         assert f"checkpoints/step-{STEPS}/weights.safetensors" in wanted and "metrics.jsonl" in wanted
         moments = ["weights 2", "rename 2", "renamed 2", "removing", "line 3", "backward 6"]
-        moments += ["rollout 3", "rollout 40"] if name == "ppo" else []
+        if name in ("grpo", "nash_md"):  # checkpoints are written as ppo's are
+            moments = ["backward 6"]
+        moments += ["rollout 3", "rollout 40"] if run.rollout else []
         cases = {moment: [(moment, None)] for moment in moments}
         cases["one after the other"] = [(moment, None) for moment in ("weights 3", "line 3", "rename 1")]
         clock = random.Random(name)

@@ -204,3 +204,32 @@ F_SLOPES = {
 def fdpo(w, r, beta, divergence, *alpha, probability=1.0):
     lead = beta * (F_SLOPES[divergence](w, *alpha) - F_SLOPES[divergence](r, *alpha))
     return -probability * sigmoid_log(lead) - (1 - probability) * sigmoid_log(-lead)
+
+
+# --- groups of sampled responses: lists of one number a response, or of one list of tokens a response ----------------
+
+
+def leave_one_out(scores):
+    n = len(scores)
+    return [s - mean([*scores[:i], *scores[i + 1 :]]) if n > 1 else 0.0 for i, s in enumerate(scores)]
+
+
+def z_scores(scores, eps, ddof=1):
+    m, scale = mean(scores), math.sqrt(variance(scores, ddof)) + eps
+    return [0.0 if len(set(scores)) == 1 else (s - m) / scale for s in scores]
+
+
+def k3(p, q):
+    """Of log-probabilities: ref/pi - log(ref/pi) - 1."""
+    return math.exp(q - p) - (q - p) - 1
+
+
+def clipped(ratio, advantage, low, high):
+    return -min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
+
+
+def overlong(length, longest, buffer):
+    """DAPO eq. 13, case by case."""
+    if length <= longest - buffer:
+        return 0.0
+    return (longest - buffer - length) / buffer if length <= longest else -1.0

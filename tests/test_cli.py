@@ -48,7 +48,7 @@ def palate(*arguments: object, input: str | None = None, code: int = 0) -> Any:
 
 def test_help_names_every_command() -> None:
     done = subprocess.run([sys.executable, "-m", "palate", "--help"], capture_output=True, text=True, check=True)
-    for command in ("train", "sample", "score", "chat", "run", "explain", "convert", "check", "methods"):
+    for command in ("train", "sample", "score", "chat", "run", "soup", "explain", "convert", "check", "methods"):
         assert command in done.stdout
 
 

@@ -27,7 +27,7 @@ HEADINGS = [
     "When to choose it",
 ]
 # State of the run that is kept in the method's fields; not a setting.
-STATE = {"score_moments", "desirable_reward", "undesirable_reward"}
+STATE = {"score_moments", "running_reward", "recent_costs", "desirable_reward", "undesirable_reward"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

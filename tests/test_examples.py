@@ -24,6 +24,8 @@ def script(file: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up by name
+    if str(EXAMPLES) not in sys.path:
+        sys.path.append(str(EXAMPLES))  # one example uses another, as when it is run from its folder
     spec.loader.exec_module(module)
     return module
 
@@ -106,17 +108,58 @@ def test_hh_beats_the_longer_one_wins_without_a_leak(shared_data: Path, tmp_path
 
 @pytest.mark.shared_data
 def test_sentiment_rises_by_gold_at_a_finite_distance(shared_data: Path, tmp_path: Path) -> None:
+    """PPO and one method without a value model, on the same prompts and reward model."""
     pytest.importorskip("vaderSentiment", reason="the gold preference of this example: pip install vaderSentiment")
     sentiment = script("sentiment")
-    figures = sentiment.experiment(shared_data, tmp_path, sentiment.QUICK, quiet=True)
-    gain, low, _ = figures["gold_gain"]
-    assert low > 0 and gain > 0.1
-    assert 0 < figures["kl"][1] < figures["kl"][0] < 40
-    assert figures["before"]["gold"][0] + gain == pytest.approx(figures["after"]["gold"][0])
+    figures = sentiment.experiment(shared_data, tmp_path, sentiment.QUICK, quiet=True, methods=["ppo", "rloo"])
     accuracy = figures["reward_model"]["accuracy"]["estimate"]
     assert 0.55 < accuracy < figures["ceiling"] + 0.1
+    for found in figures["methods"].values():
+        gain, low, _ = found["gold_gain"]
+        assert low > 0 and gain > 0.1
+        assert 0 < found["kl"][1] < found["kl"][0] < 40
+        assert found["before"]["gold"][0] + gain == pytest.approx(found["after"]["gold"][0])
+    before = [found["before"]["gold"] for found in figures["methods"].values()]
+    assert before[0] == before[1]  # both are held against the same answers
+    assert [row[0] for row in sentiment.rows(figures)] == ["before", "ppo", "rloo"]
+    assert sentiment.rows(figures)[0][-1] == "●"  # nothing is nearer than no distance
+    assert len(sentiment.trail(tmp_path / "rloo")) == 6  # 12 batches in six parts
     text = sentiment.page(figures, tmp_path).read_text()
-    assert figures["samples"][0]["prompt"].split()[0] in text and "<svg" in text
+    assert figures["methods"]["ppo"]["samples"][0]["prompt"].split()[0] in text
+    assert "Gold sentiment against KL" in text and "<svg" in text
+
+
+def test_all_methods_of_the_sentiment_example_exist_and_draw_as_many_continuations() -> None:
+    from palate.config import load_settings
+
+    sentiment = script("sentiment")
+    for name, way in sentiment.WAYS.items():
+        load_settings(name, settings={"method": dict(way.settings), "model": "m", "out": "o"})  # each setting is known
+        assert sentiment.Size().batch_size % way.group == 0 and sentiment.QUICK.batch_size % way.group == 0
+    prices = {way.settings.get("kl_coef", way.settings.get("beta")) for way in sentiment.WAYS.values()}
+    assert prices == {sentiment.KL_COEF, None}  # None: best_of_n
+
+
+@pytest.mark.shared_data
+def test_two_objectives_and_their_soups_are_measured_alike(shared_data: Path, tmp_path: Path) -> None:
+    """So small a run shows that everything is there and measured in the same units, and no more."""
+    example = script("helpful_harmless")
+    figures = example.experiment(shared_data, tmp_path, example.QUICK, quiet=True)
+    found = figures["policies"]
+    assert list(found) == ["start", "trained 1", "trained 0.5", "trained 0", "soup 0.5"]
+    start = found["start"]
+    assert start["kl"] == pytest.approx([0, 0, 0], abs=1e-3)
+    # Normalised on other samples of the same model: mean 0 up to the error of 48 answers of 24 conversations.
+    assert start["helpful"][1] < 0.5 and start["helpful"][2] > -0.5
+    assert all(m["kl"][0] > 0.01 for name, m in found.items() if name != "start")
+    sides = [
+        {line["prompt"][0]["content"] for name in example.SIDES for line in lines(tmp_path / f"{name}_{side}.jsonl")}
+        for side in ("train", "held_out")
+    ]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]  # no conversation stands on both sides
+    assert json.loads((tmp_path / "soup-0.5-0.5" / "soup.json").read_text())["cosine"] > 0.9
+    text = example.page(figures, tmp_path).read_text()
+    assert "Helpful against harmless" in text and "<svg" in text
 
 
 REVIEWS = [
@@ -243,3 +286,43 @@ def test_imdb_names_the_models_of_the_hub() -> None:
     assert config.model == "lvwerra/gpt2-imdb"
     assert isinstance(config.reward, dict) and config.reward["classifier"] == "lvwerra/distilbert-imdb"
     assert config.reward["label"] == "POSITIVE"
+
+
+def test_a_lookup_is_learnt_by_asking_and_repeating(tmp_path: Path) -> None:
+    """A third of the batches of the whole example: on the way, and already far from where it began."""
+    example = script("tool_use")
+    figures = example.experiment(tmp_path, example.QUICK, quiet=True)
+    before, after = figures["before"], figures["after"]
+    assert before["success"][2] < 0.2 < after["success"][1]
+    assert after["asked"] > 0.9 > before["asked"]
+    trained = {line["prompt"] for line in lines(tmp_path / "prompts.jsonl")}
+    held_out = {prompt.prompt for prompt in example.all_prompts(0)[: example.QUICK.held_out]}
+    assert len(held_out) == example.QUICK.held_out and not held_out & trained
+    talks = [line for line in lines(tmp_path / "rloo" / "samples.jsonl") if "asked" in line]
+    assert all([turn["role"] for turn in talk["prompt"]][:3] == ["user", "assistant", "tool"] for talk in talks)
+
+
+def test_the_environment_of_the_lookup_answers_only_what_it_is_asked() -> None:
+    example = script("tool_use")
+    fields = {"table": {"Anna": "park", "Ben": "lake"}}
+
+    def said(text: str) -> Any:
+        return example.lookup([{"role": "assistant", "content": text}], fields)
+
+    assert said("lookup Anna").text == "park" and said("lookup Ben").text == "lake"
+    assert said("lookup Leo").text == said("lookup").text == said("lookup Anna Ben").text == "unknown"
+    assert said("park") is None and not said("lookup Anna").done
+    assert example.right([], ["park", "park lake", "", "lookup Anna"], ["park"] * 4) == [1, 0, 0, 0]
+
+
+def test_sums_that_nobody_showed_get_better_by_a_reward_that_checks_them(tmp_path: Path) -> None:
+    """As in the file. The start is not nothing, and far from all."""
+    example = script("arithmetic")
+    size = example.Size()
+    figures = example.experiment(tmp_path, size, quiet=True)
+    assert 0.2 < figures["before"][0] and figures["before"][2] < 0.7
+    assert figures["after"][0] > figures["before"][2]
+    every = [prompt.prompt for prompt in example.questions(0)]
+    assert len(set(every)) == len(every) == example.LARGEST**2
+    seen = {line["prompt"] for name in ("answers", "questions") for line in lines(tmp_path / f"{name}.jsonl")}
+    assert not seen & set(every[: size.held_out])

@@ -37,6 +37,7 @@ FLOOR = {
     "cli_label": 6,
     "cli_feedback": 6,
     "cli_sweep": 6,
+    "cli_soup": 6,
     "__main__": 6,
     "server": 6,
 }

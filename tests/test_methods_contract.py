@@ -186,9 +186,12 @@ def test_the_same_seed_gives_the_same_metrics_and_another_seed_does_not(method, 
 def stretched(models, factor):
     """Logits or scores a thousand times too large: log-ratios and leads of +-1000 and more."""
     for role in ("policy", "reward", "value"):
-        if (model := getattr(models, role)) is not None:
-            head = getattr(model, "lm_head", None) or model.score
-            head.weight.mul_(factor)
+        model = getattr(models, role)
+        parts = [part for part, _ in model.rewards.values()] if hasattr(model, "rewards") else [model]
+        for part in parts:
+            if part is not None:
+                head = getattr(part, "lm_head", None) or part.score
+                head.weight.mul_(factor)
     return models
 
 

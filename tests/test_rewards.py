@@ -108,6 +108,8 @@ def test_numbers_may_come_in_any_sequence(chat, kind):
         ([1.0, 2.0, float("inf"), 4.0], r"gave inf \(1 of 4"),
         ([1.0, 2.0, "good", 4.0], "returned 'good'; a number was expected"),
         ([1.0, 2.0, None, 4.0], "returned None; a number was expected"),
+        ([1.0, 2.0, 10**400, 4.0], "returned 1000.*; a number was expected"),  # no float at all
+        ([1.0, 2.0, 1e300, 4.0], r"gave inf \(1 of 4"),  # none in float32
     ],
 )
 def test_what_is_no_finite_number_is_shown_with_its_sample(chat, returned, message):

@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 from palate.cli_arena import register as register_arena
 from palate.cli_feedback import register, sample_candidates
 from palate.cli_label import label
+from palate.cli_soup import soup
 from palate.cli_sweep import sweep
 from palate.errors import ConfigError, PalateError
 
@@ -124,7 +125,9 @@ def train(
         str | None, typer.Option("--data", "-d", help="Training records: file, folder, hub name, -.")
     ] = None,
     out: Annotated[str | None, typer.Option("--out", "-o", help="The run's folder.")] = None,
-    reward: Annotated[str | None, typer.Option("--reward", help="Folder, classifier, or module:function.")] = None,
+    reward: Annotated[
+        str | None, typer.Option("--reward", help='Folder, module:function, "{check: number}", .yaml file.')
+    ] = None,
     reference: Annotated[
         str | None, typer.Option("--reference", help="Frozen reference; default: MODEL itself.")
     ] = None,
@@ -269,7 +272,10 @@ def _number(text: str) -> float:
 @app.command()
 def score(
     reward: Annotated[
-        str, typer.Option("--model", "-m", "--reward", help="Reward folder, classifier, module:function.")
+        str,
+        typer.Option(
+            "--model", "-m", "--reward", help='Reward folder, module:function, "{check: number}", .yaml file.'
+        ),
     ],
     data: Annotated[str, typer.Option("--data", "-d", help="prompt+response, comparisons, rankings, or -.")] = "-",
     out: Annotated[str, typer.Option("--out", "-o", help="JSONL file, or - for standard output.")] = "-",
@@ -356,6 +362,7 @@ def run(
 
 
 app.command()(sweep)
+app.command()(soup)
 
 
 @app.command()

@@ -6,7 +6,7 @@ range are refused with the key, the place where it was written, what was found a
 settings are written to the run's ``config.yaml``, which is itself a settings file.
 
 Short forms: ``method: reward`` for ``method.name``, ``data: file.jsonl`` for ``data.train``, ``lora: true`` for LoRA
-with its defaults, ``seed`` for ``training.seed``.
+with its defaults, ``environment: module:name`` for ``environment.function``, ``seed`` for ``training.seed``.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError, field_validator
 
+from palate.environment import EnvironmentSettings
 from palate.errors import ConfigError
 from palate.generation.settings import SamplingSettings
 from palate.lookup import method_class
 from palate.method_docs import Setting, settings_of
 from palate.models.adapters import LoraSettings
-from palate.settings_tree import Layer, closest, flatten, merge, put, read_overrides, read_yaml
+from palate.settings_tree import Layer, closest, flatten, merge, put, read_overrides, read_yaml, spelled_out
 from palate.training.settings import TrainingSettings
 
 
@@ -118,7 +119,9 @@ class RunConfig(BaseModel):
         '"auto" (PALATE_CACHE, else the user\'s cache folder), or "off" = the reference is asked in every batch',
     )
     reward: str | dict[str, Any] | list[Any] | None = Field(
-        None, description="a reward model's folder, a classifier, a function module:name, or a weighted sum of several"
+        None,
+        description="a reward model's folder, a classifier, a function module:name, a check, a service, an ensemble, or a "
+        "weighted sum of several, written out or in a .yaml file",
     )
     value: str | None = Field(
         None, description="what the value model starts from; null = the reward model's folder, else the model"
@@ -130,6 +133,9 @@ class RunConfig(BaseModel):
     device: str = Field("auto", description='"cpu", "cuda", "cuda:1"; "auto" = cuda where there is one')
     data: DataSettings = Field(default_factory=DataSettings)
     sampling: SamplingSettings = Field(default_factory=SamplingSettings)
+    environment: EnvironmentSettings | None = Field(
+        None, description="what answers the policy in conversations of several turns; null = one response a prompt"
+    )
     samples_per_prompt: int = Field(1, ge=1, description="responses drawn for each prompt")
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     trackers: list[str] = Field(
@@ -145,6 +151,11 @@ class RunConfig(BaseModel):
     @classmethod
     def _short_dtype(cls, value: Any) -> Any:
         return {"fp32": "float32", "bf16": "bfloat16"}.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _reward_in_full(cls, value: Any) -> Any:
+        return spelled_out(value, "reward")
 
     @field_validator("reference_cache", mode="before")
     @classmethod
@@ -385,11 +396,20 @@ def _at(layer: Layer, key: str) -> str:
     return f"{place}: " if place else ""
 
 
+_SHORT = {
+    "method": "method.name",
+    "data": "data.train",
+    "environment": "environment.function",
+    "seed": "training.seed",
+}
+
+
 def long_forms(layer: Layer) -> Layer:
     """The short forms, spelled out."""
     values, places = dict(layer.values), dict(layer.places)
-    for short, long in (("method", "method.name"), ("data", "data.train"), ("seed", "training.seed")):
-        if short in values and not isinstance(values[short], Mapping):
+    for short, long in _SHORT.items():
+        given = values.get(short, {})
+        if not isinstance(given, Mapping) and not (given is None and short == "environment"):
             value, place = values.pop(short), places.pop(short, "")
             section = long.partition(".")[0]
             if section in values:

@@ -20,8 +20,11 @@ FILLED = (
     "device",
     "data.max_length",
     "data.max_prompt_length",
+    "samples_per_prompt",
     "method.temperature",
     "sampling.temperature",
+    "method.max_new_tokens",
+    "sampling.max_new_tokens",
 )
 
 
@@ -82,6 +85,17 @@ def require_all(config: RunConfig) -> None:
             f"{config.method.name} needs a reward. Give --reward: a reward model's folder (runs/reward/model), a classifier, "
             "or a Python function module:name."
         )
+    group_size = getattr(method, "group_size", 1)
+    if group_size > 1 and config.samples_per_prompt < 2 and not config.is_default("samples_per_prompt"):
+        raise ConfigError(
+            f"{config.method.name} compares the responses to one prompt with each other. samples_per_prompt: found "
+            f"{config.samples_per_prompt}, expected 2 or more; {group_size} unless it is set."
+        )
+    if config.environment is not None and method.reads != "prompts":
+        raise ConfigError(
+            f"environment: {config.method.name} samples nothing, so there is nobody to answer. Leave it out, or take a method "
+            "that reads prompts."
+        )
     if isinstance(config.model, dict) and config.tokenizer is None:
         raise ConfigError("a model from scratch has no tokenizer of its own. Give --tokenizer FOLDER.")
 
@@ -92,19 +106,53 @@ def _best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+# Settings that a method shares with the sampler, and why they cannot differ.
+_SAME_IN_SAMPLING = {
+    "temperature": "The log-probabilities must be those of the distribution that is sampled",
+    "max_new_tokens": "The method counts a response's tokens against the most that can be sampled",
+}
+
+
+def _the_same(config: RunConfig, name: str, why: str) -> RunConfig:
+    """One value of ``method.name`` and ``sampling.name``: whichever was set."""
+    mine, sampled = getattr(config.method.settings, name), getattr(config.sampling, name)
+    if mine == sampled:
+        return config
+    if config.is_default(f"method.{name}"):
+        return config.fill(f"method.{name}", sampled, f"sampling.{name}")
+    if config.is_default(f"sampling.{name}"):
+        return config.fill(f"sampling.{name}", mine, f"method.{name}")
+    raise ConfigError(
+        f"method.{name} ({mine:g}) and sampling.{name} ({sampled:g}) differ. {why}: set sampling.{name} only."
+    )
+
+
+def _of_all_turns(config: RunConfig) -> RunConfig:
+    """A method that counts tokens against the most that there can be: ``sampling.max_new_tokens`` is that of one turn."""
+    assert config.environment is not None
+    most = config.sampling.max_new_tokens * config.environment.max_turns
+    mine = getattr(config.method.settings, "max_new_tokens", most)
+    if mine == most:
+        return config
+    if config.is_default("method.max_new_tokens"):
+        return config.fill("method.max_new_tokens", most, "sampling.max_new_tokens * environment.max_turns")
+    raise ConfigError(
+        f"method.max_new_tokens ({mine}) is not sampling.max_new_tokens * environment.max_turns ({most}), the most tokens of "
+        "a conversation. Set the latter two only."
+    )
+
+
 def _for_sampling(config: RunConfig) -> RunConfig:
-    """The method's temperature is the sampler's; the response's room is kept free in the prompt."""
-    sampling, method = config.sampling, config.method.settings
-    if hasattr(method, "temperature") and method.temperature != sampling.temperature:
-        if not config.is_default("method.temperature") and not config.is_default("sampling.temperature"):
-            raise ConfigError(
-                f"method.temperature ({method.temperature:g}) and sampling.temperature ({sampling.temperature:g}) differ. "
-                "The log-probabilities must be those of the distribution that is sampled: set sampling.temperature only."
-            )
-        if config.is_default("method.temperature"):
-            config = config.fill("method.temperature", sampling.temperature, "sampling.temperature")
-        else:
-            config = config.fill("sampling.temperature", method.temperature, "method.temperature")
+    """The method's temperature and length are the sampler's; the response's room is kept free in the prompt."""
+    method = config.method.settings
+    group_size = getattr(method, "group_size", 1)
+    if config.is_default("samples_per_prompt") and config.samples_per_prompt != group_size:
+        config = config.fill("samples_per_prompt", group_size, f"default: {config.method.name}")
+    for name, why in _SAME_IN_SAMPLING.items():
+        if name == "max_new_tokens" and config.environment is not None:
+            config = _of_all_turns(config)
+        elif hasattr(method, name):
+            config = _the_same(config, name, why)
     length = config.data.max_length or 0
     if config.data.max_prompt_length is None:
         room = length - config.sampling.max_new_tokens

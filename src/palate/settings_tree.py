@@ -100,6 +100,44 @@ def parse_value(text: str) -> Any:
         loader.dispose()
 
 
+def spelled_out(value: Any, key: str) -> Any:
+    """A setting that may be a list or mapping, where a text stands for one: YAML that opens one, or a .yaml file.
+
+    Args:
+        value: anything but such a text is returned as it is.
+        key: of the setting; a file that is a run's settings has it under this name.
+    Raises:
+        ConfigError: the file is missing or not YAML.
+    """
+    if not isinstance(value, str):
+        return value
+    if value.lstrip()[:1] in ("{", "["):
+        return parse_value(value)
+    if not value.endswith((".yaml", ".yml")):
+        return value
+    path = Path(value)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
+        raise ConfigError(f"{key}: {path}: {reason}.") from None
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        _places(node, "", str(path), {})  # a key given twice
+        found = loader.construct_document(node) if node is not None else None  # type: ignore[no-untyped-call]
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    finally:
+        loader.dispose()
+    if isinstance(found, Mapping) and key in found:
+        found = found[key]
+    if not isinstance(found, Mapping | list):
+        raise ConfigError(f"{key}: {path} holds {found!r:.80}; a list or a mapping was expected.")
+    return found
+
+
 def read_overrides(texts: Iterable[str]) -> Layer:
     """``section.key=value`` arguments.
 

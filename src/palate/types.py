@@ -79,7 +79,8 @@ class Tokens:
         extras: further facts about rows, each a tensor or sequence of length N, carried along untouched. Known names:
             ``finished`` bool [N], the response ended with a stop token; ``sampler_logprobs`` float [N, T], what the
             sampler said when it drew the token; ``changed`` bool [N, T], a token of what a correction changed;
-            ``records``, the prompt's record of each row.
+            ``records``, the prompt's record of each row; ``drawn_by``, who drew each row, where it was not the policy
+            alone (``training.rollouts``).
     """
 
     ids: Tensor
@@ -158,6 +159,7 @@ class Comparisons(_Rows):
         probability: float [P] in [0, 1] or None (= 1): how surely ``chosen`` is preferred.
         margin: float [P] in reward units or None (= 0): by how much.
         reference_logprobs: float [N], summed over the response; filled by ``prepare``.
+        scores: float [N], what the reward says of the rows, where they were sampled.
     """
 
     tokens: Tokens
@@ -167,6 +169,7 @@ class Comparisons(_Rows):
     probability: Tensor | None = None
     margin: Tensor | None = None
     reference_logprobs: Tensor | None = None
+    scores: Tensor | None = None
     metrics: Mapping[str, Mean] = field(default_factory=dict)
 
     _pairs = ("chosen", "rejected", "weight", "probability", "margin")
@@ -214,8 +217,9 @@ class Trajectories(_Rows):
 
     Attributes:
         tokens: the rows.
-        logprobs, reference_logprobs: float [N, T], nats, zero outside the response.
-        advantages: float [N, T].
+        logprobs: float [N, T], of the policy that sampled, nats, zero outside the response.
+        reference_logprobs: the same of the reference; None for methods without one.
+        advantages: float [N, T], zero outside the response.
         scores: float [N], what the reward model says of the response, in its units.
         values, returns: float [N, T] or None for methods without a value model.
         metrics: what ``prepare`` measured.
@@ -223,7 +227,7 @@ class Trajectories(_Rows):
 
     tokens: Tokens
     logprobs: Tensor
-    reference_logprobs: Tensor
+    reference_logprobs: Tensor | None
     advantages: Tensor
     scores: Tensor
     values: Tensor | None = None
@@ -270,13 +274,17 @@ class Method(Protocol):
     """What the loop asks of a method. For the type checker: nothing inherits from it.
 
     ``needs`` and ``trains`` name roles. ``reads`` names the records: "demonstrations", "comparisons", "corrections",
-    "rankings", "judgements" or "prompts"; a method that reads prompts is handed sampled ``Tokens``.
+    "rankings", "judgements" or "prompts"; a method that reads prompts is handed sampled ``Tokens``. Where a setting
+    decides whether a role is needed, the class says what the defaults need and an instance what it needs itself.
 
-    What a method may have besides: ``refuses``, names of facts about pairs ("margin", "probability") that its loss has no
-    place for; ``asks_reference``, "rows" = nothing but the summed log-probs of the batch's own rows, which are then computed
-    once before training, "rows and more" = other things too; ``at_reference()``, what its metrics are while policy and
-    reference are the same weights; ``adapt``,
-    ``stop`` and ``finished`` (docs/decisions/0002).
+    What a method may have besides: ``refuses``, names of facts about pairs ("margin", "probability") that its loss has
+    no place for; ``asks_reference``, "rows" = nothing but the summed log-probs of the batch's own rows, which are then
+    computed once before training, "rows and more" = other things too; ``at_reference()``, what its metrics are while
+    policy and reference are the same weights; ``adapt``, ``stop`` and ``finished``; ``trust_region``, how far the policy
+    may move at once (``training.trust_region``); ``group_size``, responses to a prompt unless ``samples_per_prompt`` is
+    set, and above 1 of a method that cannot do with one; ``refills``, how often a batch may be filled up with further
+    prompts when ``prepare`` leaves groups out; ``drawn_by``, who draws the responses to each prompt, where that is not
+    the policy alone, and ``mixture``, the reference's share in a mixture (``training.rollouts``; docs/decisions/0002).
     """
 
     needs: tuple[str, ...]
@@ -296,6 +304,46 @@ def groups(batch: Batch) -> list[Tensor]:
     _, counts = torch.unique(group, return_counts=True)
     order = torch.argsort(group, stable=True)
     return list(torch.split(order, counts.tolist()))
+
+
+def joined(first: B, second: B) -> B:
+    """Two batches of sampled rows as one: group numbers go on counting, narrow rows are padded, sums are added."""
+    one, two = first.tokens, second.tokens
+    begin = int(one.group.max()) + 1 if len(one) else 0
+    width = max(one.ids.shape[1], two.ids.shape[1])
+    extras = {
+        name: _stacked(value, two.extras[name], (one, two), width)
+        for name, value in one.extras.items()
+        if name in two.extras
+    }
+    ids, attention_mask, response_mask = (
+        _stacked(getattr(one, name), getattr(two, name), (one, two), width)
+        for name in ("ids", "attention_mask", "response_mask")
+    )
+    tokens = Tokens(ids, attention_mask, response_mask, torch.cat([one.group, two.group + begin]), extras)
+    if isinstance(first, Tokens):
+        return tokens  # type: ignore[return-value]
+    assert not first._pairs, "rows that were sampled are in no pairs yet"
+    changes: dict[str, Any] = {"tokens": tokens, "metrics": dict(first.metrics)}
+    for name, mean in second.metrics.items():
+        changes["metrics"][name] = changes["metrics"][name] + mean if name in first.metrics else mean
+    for f in fields(first):
+        value = getattr(first, f.name)
+        if isinstance(value, Tensor):
+            changes[f.name] = _stacked(value, getattr(second, f.name), (one, two), width)
+    return replace(first, **changes)
+
+
+def _stacked(above: Any, below: Any, rows: tuple[Tokens, Tokens], width: int) -> Any:
+    """One per-row value below the other; an [N, T] array gets zero columns on the right up to ``width``."""
+    if not isinstance(above, Tensor):
+        return [*above, *below]
+    parts = []
+    for part, tokens in zip((above, below), rows, strict=True):
+        if part.ndim >= 2 and part.shape[:2] == tokens.ids.shape:
+            part = torch.cat([part, part.new_zeros(len(part), width - part.shape[1], *part.shape[2:])], 1)
+        parts.append(part)
+    return torch.cat(parts)
 
 
 def microbatches(batch: B, max_tokens: int) -> Iterator[B]:

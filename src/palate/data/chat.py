@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from palate.data.kinds import Conversation, PromptText, Spans
+from palate.data.kinds import Conversation, Message, PromptText, Spans
 from palate.data.segments import changed_tokens, moved_spans
 from palate.data.template import MARK, default_template, find_template, render, shape_of
 from palate.data.tokenizing import Tokenizing, common
@@ -155,6 +155,38 @@ class Chat:
                 changed.append(changed_tokens(next(places), moved, then=len(stop)))
             found.append(Encoded(prompt_ids[i], mask, rows, [rewritten for _, rewritten in several], changed))
         return found
+
+    def encode_reply(self, prompt: PromptText, turns: Sequence[Message]) -> list[int]:
+        """The ids between two of the policy's turns: a reply as the template writes it, and the next generation prompt.
+
+        Everything before is left as the ids that it is; nothing is tokenised twice.
+
+        Args:
+            prompt: the conversation's beginning.
+            turns: what was said since; the last is the reply, the one before it the policy's turn, whose ids end with
+                its stop token (or were cut where there is none).
+        Raises:
+            ModelError: the template leaves out the policy's turn or the reply, or the reply has no token.
+            DataError: the template refuses the conversation.
+        """
+        *before, said, reply = turns
+        if self._is_plain(prompt):
+            context = str(prompt) + "".join(turn["content"] for turn in (*before, said))
+            ids = self._tokenizing.continuations([context], [reply["content"]])[0]
+            if not ids:
+                raise ModelError("the reply to the policy is an empty text, for which there is no token in plain text.")
+            return ids
+        marked = [*self.messages(prompt), *before, {**said, "content": MARK}, reply]
+        _, found, after = render(self.tokenizer, self.conversation_template, marked, respond=True).partition(MARK)
+        if not found or _squeezed(reply["content"]) not in _squeezed(after):
+            lost = f"the {reply['role']} turn after it" if found else "the assistant's turn once another follows"
+            raise ModelError(
+                f"the chat template leaves out {lost}, so no conversation can go on. Give a template that writes it, "
+                'e.g. chat_template: "default".'
+            )
+        end = self._shape.closing + self._shape.stop_text
+        context = said["content"] + end
+        return self._tokenizing.continuations([context], [after.removeprefix(end)])[0]
 
     # -- to text -----------------------------------------------------------------------------------------------------
 

@@ -70,9 +70,35 @@ def group_relative(scores: Tensor, group: Tensor, *, scale: bool = True, ddof: i
     deviation = torch.where(equal[index], 0, deviation)
     if not scale:
         return deviation
-    squares = torch.zeros_like(total).index_add_(0, index, deviation.square())
-    std = (squares / (count - ddof).clamp(min=1)).sqrt()
-    return deviation / (std[index] + eps)
+    return deviation / (_group_std(deviation, count, index, ddof)[index] + eps)
+
+
+def group_stds(scores: Tensor, group: Tensor, *, ddof: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """How far the scores of each group are apart.
+
+    Args:
+        scores: [N], reward units. group: int64 [N].
+        ddof: 1 divides the variance by n - 1.
+
+    Returns:
+        standard deviation, [G], exactly 0 for equal scores; whether all scores are equal, bool [G]; rows, int64 [G]; in
+        order of group number.
+    """
+    total, count, index = _group_sums(scores, group)
+    equal = _group_range(scores, index, len(count)) == 0
+    std = _group_std(scores - (total / count)[index], count, index, ddof)
+    return torch.where(equal, 0, std), equal, count.long()
+
+
+def all_equal(scores: Tensor, group: Tensor) -> Tensor:
+    """Rows whose group's scores are all the same, bool [N]: such a group says nothing of what is better."""
+    _, count, index = _group_sums(scores, group)
+    return (_group_range(scores, index, len(count)) == 0)[index]
+
+
+def _group_std(deviation: Tensor, count: Tensor, index: Tensor, ddof: int) -> Tensor:
+    squares = torch.zeros_like(count).index_add_(0, index, deviation.square())
+    return (squares / (count - ddof).clamp(min=1)).sqrt()
 
 
 def _group_sums(scores: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,6 +30,16 @@ def masked_variance(values: Tensor, mask: Tensor, *, ddof: int = 0) -> Tensor:
     return torch.where(count > 0, deviation.square().sum() / count.clamp(min=1), 0)
 
 
+def row_sum(values: Tensor, mask: Tensor) -> Tensor:
+    """Sum over the True slots of each row, [..., T] -> [...]; 0 where there are none. Masked slots may hold NaN."""
+    return torch.where(mask, values, 0).sum(-1)
+
+
+def row_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the True slots of each row, [..., T] -> [...]; 0 where there are none. Masked slots may hold NaN."""
+    return row_sum(values, mask) / mask.sum(-1).clamp(min=1)
+
+
 def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, ddof: int = 0, eps: float = 1e-8) -> Tensor:
     """Scale the True slots to unit variance, and to zero mean if asked; masked slots become 0.
 

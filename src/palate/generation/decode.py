@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from palate.errors import ModelError
 from palate.generation.draw import draw
 from palate.generation.settings import SamplingSettings
+from palate.generation.voices import Voice, mixed
 
 if TYPE_CHECKING:
     from palate.generation.cache import RowCache
@@ -56,7 +57,7 @@ class Drawn:
 
 
 def decode(
-    model: nn.Module,
+    voices: Sequence[Voice],
     prompts: Sequence[Sequence[int]],
     settings: SamplingSettings,
     *,
@@ -64,13 +65,12 @@ def decode(
     uniform: Tensor,
     stop: Tensor,
     limit: Tensor,
-    values_upright: bool,
     ended: Callable[[int], None],
 ) -> Drawn:
-    """Sample ``copies`` responses to each prompt. To be called under ``torch.no_grad`` with the model in eval mode.
+    """Sample ``copies`` responses to each prompt. To be called under ``torch.no_grad`` with the models in eval mode.
 
     Args:
-        model: a causal language model.
+        voices: the models whose distribution is drawn from; each has a cache of its own.
         prompts: P token lists, the shortest first (for prompts of like length are read together).
         copies: K; R = P K rows.
         uniform: float64 [R, >= max(limit)], the random numbers of each row and step.
@@ -83,11 +83,13 @@ def decode(
     device, steps = limit.device, int(limit.max())
     length = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(copies)
     width, rows = len(prompts[-1]), len(length)
-    cache = RowCache(rows=rows, columns=width + steps, copies=copies, width=width, values_upright=values_upright)
-    forward = _forward(model, cache)
+    size = {"rows": rows, "columns": width + steps, "copies": copies, "width": width}
+    caches = [RowCache(**size, values_upright=voice.values_upright) for voice in voices]
+    forwards = [_forward(voice, cache) for voice, cache in zip(voices, caches, strict=True)]
     # Without padding no mask is needed, and attention is faster.
     mask = _left_mask(length, width, width + steps) if int(length.min()) < width else None
-    logits = _read_prompts(forward, prompts, cache, device).repeat_interleave(copies, 0)
+    read = [_read_prompts(forward, prompts, cache, device) for forward, cache in zip(forwards, caches, strict=True)]
+    logits = mixed(voices, read).repeat_interleave(copies, 0)
     drawn, alive = Drawn.empty(rows, steps, device), torch.arange(rows, device=device)
     for step in range(steps):
         forbidden = stop if step < settings.min_new_tokens and len(stop) else None
@@ -97,14 +99,16 @@ def decode(
         done = stopped | (limit[alive] == step + 1)
         if done.any():
             drawn.length[alive[done]], drawn.finished[alive[done]] = step + 1, stopped[done]
-            left = cache.drop(done)
+            left, *_ = [cache.drop(done) for cache in caches]  # the same of all
             ended(len(alive) - len(left))
             alive, tokens = alive[left], tokens[left]
             mask = None if mask is None else mask[left]
             if not len(left):
                 break
-        cache.read_tokens(len(alive))
-        logits = forward(tokens[:, None], (length[alive] + step)[:, None], mask)
+        for cache in caches:
+            cache.read_tokens(len(alive))
+        position = (length[alive] + step)[:, None]
+        logits = mixed(voices, [forward(tokens[:, None], position, mask) for forward in forwards])
     return drawn
 
 
@@ -131,8 +135,9 @@ def _read_prompts(forward: Any, prompts: Sequence[Sequence[int]], cache: RowCach
     return torch.cat(logits)
 
 
-def _forward(model: nn.Module, cache: RowCache) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+def _forward(voice: Voice, cache: RowCache) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """A function (ids [R, n], positions [R, n], mask [R, all columns] or None) -> logits float32 [R, V]."""
+    model = voice.model
     core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # a PeftModel hides the signature
     accepted = inspect.signature(core.forward).parameters
     if "past_key_values" not in accepted:
@@ -148,6 +153,7 @@ def _forward(model: nn.Module, cache: RowCache) -> Callable[[Tensor, Tensor, Ten
         if mask is not None:
             mask = mask[:, : cache.place.past + ids.shape[1]]
         given = {"position_ids": positions} if "position_ids" in accepted else {}
-        return model(input_ids=ids, attention_mask=mask, **given, **fixed).logits[:, -1].float()
+        with voice.context():
+            return model(input_ids=ids, attention_mask=mask, **given, **fixed).logits[:, -1].float()
 
     return forward

@@ -14,7 +14,6 @@ that happened in no row in fp32 and in one in bf16.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,9 +22,9 @@ from torch import nn
 from palate.errors import ModelError
 from palate.generation.checks import check_request, check_room, context_length, name_prompt
 from palate.generation.decode import Drawn, decode
-from palate.generation.packed import packed_linears
 from palate.generation.settings import SamplingSettings
 from palate.generation.uniform import uniforms
+from palate.generation.voices import ready, voices_of
 from palate.types import Tokens
 
 __all__ = ["SamplingSettings", "sample"]
@@ -42,6 +41,10 @@ def sample(
     max_batch_rows: int = 64,
     records: Sequence[Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    other: nn.Module | None = None,
+    mixture: float = 0.0,
+    numbers: Sequence[tuple[int, int]] | None = None,
+    max_length: int | None = None,
 ) -> Tokens:
     """Sample ``samples_per_prompt`` responses to each of P prompts.
 
@@ -50,8 +53,8 @@ def sample(
     longest prompt and ``max_new_tokens``.
 
     Args:
-        model: a causal language model of transformers, or a ``PeftModel`` of one. Layers that keep a recurrent state
-            instead of keys and values (Mamba, linear attention) are refused.
+        model: a causal language model of transformers, a ``PeftModel`` of one, or ``AdapterOff``. Layers that keep a
+            recurrent state instead of keys and values (Mamba, linear attention) are refused.
         prompts: token ids, each at least one.
         settings: temperature, top-p, top-k, and how long.
         samples_per_prompt: K >= 1; N = P K rows come back.
@@ -62,6 +65,12 @@ def sample(
         records: one fact for each prompt, handed on in ``extras["records"]``; its ``source``, if any, is named in
             errors.
         progress: called with (rows done, N) whenever rows end.
+        other: a second such model of the same vocabulary, with a cache of its own.
+        mixture: its share b in [0, 1]: tokens are drawn from model^(1-b) other^b, normalised at every token
+            (``voices.py``), and ``sampler_logprobs`` are the mixture's. 0 runs the model alone, 1 the other alone.
+        numbers: of each prompt, the (prompt, sample) number that its random numbers are a function of, so that a sample
+            goes on as it would in other company; None = (0, 0), (1, 0), ...
+        max_length: tokens of prompt and response together, where that is less than the model's context.
 
     Returns:
         Rows ordered by prompt, then sample, right-padded with id 0, on the model's device; ``group`` is the prompt's
@@ -71,14 +80,19 @@ def sample(
         ``min_new_tokens`` (temperature 0: of the logits as they are), 0 outside the response; ``records``, if given.
 
     Raises:
-        ConfigError: K, ``max_batch_rows`` or a stop token is out of range, or ``records`` is not one for each prompt.
+        ConfigError: K, ``max_batch_rows``, ``mixture`` or a stop token is out of range, or ``records`` is not one for
+            each prompt.
         DataError: a prompt is empty, holds an id outside the vocabulary, or leaves no room in the model's context.
-        ModelError: the model has layers that the cache cannot serve, or its logits are NaN.
+        ModelError: a model has layers that the cache cannot serve, its logits are NaN, or vocabularies differ.
     """
-    context = context_length(model)
-    check_request(model, prompts, samples_per_prompt, stop_token_ids, max_batch_rows, records)
+    voices = voices_of(model, other, mixture)
+    context = min(context_length(voice.model) for voice in voices)
+    context = context if max_length is None else min(context, max_length)
+    for voice in voices:
+        check_request(voice.model, prompts, samples_per_prompt, stop_token_ids, max_batch_rows, records)
     check_room(prompts, context, records)
-    device, rows = next(model.parameters()).device, len(prompts) * samples_per_prompt
+    device, rows = next(voices[0].model.parameters()).device, len(prompts) * samples_per_prompt
+    place = torch.tensor(numbers or [(p, 0) for p in range(len(prompts))], device=device)
     seed = _seed(generator) if settings.temperature else 0
     stop = torch.tensor(sorted(set(stop_token_ids)), dtype=torch.long, device=device)
     whole, ended = Drawn.empty(rows, settings.max_new_tokens), 0
@@ -89,29 +103,21 @@ def sample(
         if progress is not None:
             progress(ended, rows)
 
-    from palate.generation.attention import one_token_attention  # imports transformers
-
     # no_grad, not inference_mode: whatever a model keeps of a forward must stay usable in training.
-    with (
-        torch.no_grad(),
-        _eval_mode(model),
-        packed_linears(model, min(rows, max_batch_rows)),
-        one_token_attention(model, device) as upright,
-    ):
+    with torch.no_grad(), ready(voices, device, min(rows, max_batch_rows)) as able:
         for batch in _batches(prompts, samples_per_prompt, max_batch_rows):
             prompt = torch.tensor(batch.prompts, device=device).repeat_interleave(len(batch.samples))
             number = torch.tensor(batch.samples, device=device).repeat(len(batch.prompts))
             room = torch.tensor([context - len(prompts[p]) for p in batch.prompts], device=device)
             limit = room.clamp(max=settings.max_new_tokens).repeat_interleave(len(batch.samples))
             drawn = decode(
-                model,
+                able,
                 [prompts[p] for p in batch.prompts],
                 settings,
                 copies=len(batch.samples),
-                uniform=uniforms(seed, prompt, number, int(limit.max())),
+                uniform=uniforms(seed, place[prompt, 0], place[prompt, 1] + number, int(limit.max())),
                 stop=stop,
                 limit=limit,
-                values_upright=upright,
                 ended=count,
             )
             whole.put(prompt * samples_per_prompt + number, drawn)
@@ -135,18 +141,6 @@ def _batches(prompts: Sequence[Sequence[int]], copies: int, max_rows: int) -> It
         at_once = max_rows // len(samples)
         for start in range(0, len(prompts), at_once):
             yield _Batch(by_length[start : start + at_once], samples)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; afterwards exactly those modules train that did before."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _tokens(

@@ -24,39 +24,18 @@ Left out: sharing one trunk between policy and value (two models, as InstructGPT
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from palate.errors import ConfigError, DataError
 from palate.functional.advantages import gae
-from palate.functional.divergences import k2, k3
+from palate.functional.divergences import k2
 from palate.functional.masked import Moments, whiten
+from palate.functional.policy_gradient import clipped_surrogate, is_clipped, probability_ratio, token_rewards
+from palate.methods._sampled import check_settings, rollout_metrics, with_missing_end
 from palate.models.forward import score_responses, token_logprobs, token_logprobs_and_entropy, token_values
 from palate.types import Mean, Models, Tokens, Trajectories
-
-MAX_LOG_RATIO = 40.0  # nats; above it a ratio and its gradient would leave float32: held there, with no gradient
-
-
-def token_rewards(logprobs: Tensor, reference_logprobs: Tensor, scores: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """R_t, [N, T]: the KL charge at each response token, and the score at the last of them (Ziegler eq. 2).
-
-    Args:
-        logprobs, reference_logprobs: [N, T], nats; masked slots may hold anything.
-        scores: [N], reward units.
-        mask: bool [N, T], the response.
-        kl_coef: reward units per nat, >= 0.
-    """
-    rewards = torch.where(mask, -kl_coef * (logprobs - reference_logprobs), 0)
-    is_last = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
-    return torch.where(is_last, rewards + scores[:, None], rewards)
-
-
-def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """rho = pi / pi_old, elementwise, at most exp(40): far beyond any clip, and finite in every float type."""
-    return (logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO).exp()
 
 
 def ppo_policy_loss(
@@ -70,8 +49,7 @@ def ppo_policy_loss(
         clip: > 0; the paper uses 0.2.
         dual_clip: where A < 0 the loss is at most -dual_clip * A (arXiv:1912.09729 eq. 5); > 1, often 3; None = off.
     """
-    ratio = probability_ratio(logprobs, old_logprobs)
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    loss = clipped_surrogate(probability_ratio(logprobs, old_logprobs), advantages, clip, clip)
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     return loss
@@ -100,16 +78,6 @@ def adapted_kl_coef(kl_coef: float, kl: float, target: float, episodes: int, hor
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return kl_coef * (1.0 + error * episodes / horizon)
-
-
-_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (("epochs", "minibatches", "ptx_batch_size"), lambda x: x >= 1, "1 or more"),
-    (("clip", "value_clip", "score_clip", "temperature"), lambda x: x > 0, "a number above 0"),
-    (("adaptive_kl_target", "adaptive_kl_horizon", "target_kl", "kl_budget"), lambda x: x > 0, "a number above 0"),
-    (("kl_coef", "value_coef", "entropy_coef", "missing_eos_penalty", "ptx_coef"), lambda x: x >= 0, "0 or more"),
-    (("gamma", "lam"), lambda x: 0 <= x <= 1, "a number from 0 to 1"),
-    (("dual_clip",), lambda x: x > 1, "a number above 1"),
-)
 
 
 @dataclass(frozen=True)
@@ -175,15 +143,7 @@ class PPO:
     reads = "prompts"
 
     def __post_init__(self) -> None:
-        if self.missing_eos_score is not None and self.missing_eos_penalty:
-            raise ConfigError(
-                "missing_eos_score replaces the score, missing_eos_penalty is subtracted from it: set one."
-            )
-        for names, holds, wanted in _RANGES:
-            for name in names:
-                value = getattr(self, name)
-                if value is not None and not holds(value):
-                    raise ConfigError(f"ppo: {name} = {value!r}, expected {wanted}.")
+        check_settings("ppo", self)
 
     def prepare(self, models: Models, batch: Tokens) -> Trajectories:
         """Old and reference log-probs, scores, values, token rewards, advantages; the whole batch, no gradient."""
@@ -217,17 +177,7 @@ class PPO:
             scores = (scores - moments.mean) / moments.std
         if self.score_clip is not None:
             scores = scores.clamp(-self.score_clip, self.score_clip)
-        finished = batch.extras.get("finished")
-        if finished is None:
-            if self.missing_eos_score is not None or self.missing_eos_penalty:
-                raise DataError(
-                    'ppo: missing_eos_* is set, but the sampler did not say which responses are "finished".'
-                )
-            return scores
-        finished = torch.as_tensor(finished, device=scores.device)
-        if self.missing_eos_score is not None:
-            return torch.where(finished, scores, self.missing_eos_score)
-        return scores - self.missing_eos_penalty * (~finished)
+        return with_missing_end("ppo", scores, batch, self.missing_eos_score, self.missing_eos_penalty)
 
     def loss(self, models: Models, batch: Trajectories) -> dict[str, Mean]:
         """Clipped surrogate, clipped value error, entropy: means over the response tokens of the minibatch."""
@@ -244,7 +194,7 @@ class PPO:
         value = ppo_value_loss(values, batch.values[mask], batch.returns[mask], self.value_clip)
         total = policy + self.value_coef * value - self.entropy_coef * entropy
         ratio = probability_ratio(logprobs.detach(), old)
-        clipped = torch.where(advantages > 0, ratio > 1 + self.clip, ratio < 1 - self.clip) & (advantages != 0)
+        clipped = is_clipped(ratio, advantages, self.clip, self.clip)
         ones = torch.ones_like(policy)
         return {
             "loss": Mean.of(total, ones),
@@ -270,6 +220,7 @@ class PPO:
         """The method for the next batch: KL coefficient and running moments, both kept by the run."""
         method = self
         if self.adaptive_kl_target is not None:
+            assert batch.reference_logprobs is not None
             log_ratio = torch.where(batch.tokens.response_mask, batch.logprobs - batch.reference_logprobs, 0)
             kl = log_ratio.sum(-1).mean().item()
             # A batch longer than the horizon counts as the horizon: one step never changes more than a fifth.
@@ -285,29 +236,6 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
     """1 - Var(G - V)/Var(G): 1 = the value model knows the return, 0 = no better than a constant, or where Var(G) is 0."""
     variance = returns.var(unbiased=False)
     return torch.where(variance > 0, 1 - (returns - values).var(unbiased=False) / variance.clamp(min=1e-12), 0)
-
-
-def rollout_metrics(tokens: Tokens, logprobs: Tensor, reference_logprobs: Tensor, scores: Tensor) -> dict[str, Mean]:
-    """What every method that samples reports of its batch.
-
-    Args:
-        logprobs, reference_logprobs: [N, T], nats, zero outside the response.
-        scores: [N], as the reward model gave them.
-    """
-    mask = tokens.response_mask
-    metrics = {
-        "score": Mean.of(scores),
-        "score/std": Mean.of(scores.std(unbiased=False)),
-        "kl/reference": Mean.of(torch.where(mask, logprobs - reference_logprobs, 0).sum(-1)),
-        "kl/reference_k3": Mean.of(torch.where(mask, k3(logprobs, reference_logprobs), 0).sum(-1)),
-        "length/response": Mean.of(mask.sum(-1).float()),
-    }
-    if "finished" in tokens.extras:
-        metrics["length/no_eos"] = Mean.of((~torch.as_tensor(tokens.extras["finished"])).float())
-    sampler = tokens.extras.get("sampler_logprobs")
-    if isinstance(sampler, Tensor):
-        metrics["kl/sampler"] = Mean.of(k3(sampler[mask], logprobs[mask]))
-    return metrics
 
 
 METHOD = PPO

@@ -26,6 +26,7 @@ from palate.functional.divergences import exact_kl
 from palate.functional.logprobs import logprobs_and_entropy, logprobs_and_kl
 from palate.models import trunk
 from palate.models.heads import scalar_head
+from palate.models.samples import check_scores
 from palate.types import Reward, Scored, Tokens, groups
 
 _NOTHING_BEFORE = "a row begins with a response token: nothing comes before it to predict it from"
@@ -109,11 +110,17 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def score_responses(reward: nn.Module | Reward, tokens: Tokens) -> Scored:
-    """Scores from any kind of reward: a scalar model on the same ids, or a ``Reward`` that reads text."""
-    if isinstance(reward, nn.Module):
-        return Scored(response_scores(reward, tokens), {})
-    return reward(tokens)
+def score_responses(reward: nn.Module | Reward, tokens: Tokens, name: str = "") -> Scored:
+    """Scores from any kind of reward: a scalar model on the same ids, or a ``Reward`` that reads text.
+
+    Args:
+        name: for errors; the reward's own by default.
+    Raises:
+        ModelError: not one finite score for each row; the first bad sample is shown.
+    """
+    scored = Scored(response_scores(reward, tokens), {}) if isinstance(reward, nn.Module) else reward(tokens)
+    check_scores(scored.scores, tokens, reward, name)
+    return scored
 
 
 class _Bucket(NamedTuple):

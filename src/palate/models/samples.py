@@ -89,6 +89,41 @@ def finite(scores: Tensor, samples: Sequence[Sample], name: str) -> Tensor:
     return scores
 
 
+def check_scores(scores: Tensor, tokens: Tokens, reward: Any, name: str = "") -> None:
+    """One finite score [N] for each row, whatever the reward is; it may have a ``chat`` to show samples with.
+
+    Raises:
+        ModelError: another number of scores, or a NaN or Inf; the first bad sample is shown.
+    """
+    name = name or str(getattr(reward, "name", "") or type(reward).__name__)
+    if tuple(scores.shape) != (len(tokens),):
+        raise ModelError(
+            f'reward "{name}" gave scores of shape {list(scores.shape)} for {len(tokens)} responses; one number for each '
+            f"was expected.{_show(tokens, 0, reward) if len(tokens) else ''}"
+        )
+    bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise ModelError(
+            f'reward "{name}" gave {scores[bad[0]].item()} ({len(bad)} of {len(scores)} scores are NaN or Inf); finite '
+            f"numbers were expected.{_show(tokens, bad[0], reward)}"
+        )
+
+
+def _show(tokens: Tokens, row: int, reward: Any) -> str:
+    """A row for the end of an error message: in words where the reward has a chat, else as ids."""
+    one = tokens.select(tokens.group.new_tensor([row]))
+    chat = getattr(reward, "chat", None)
+    if chat is not None:
+        return read_samples(one, chat)[0].show()
+    records: Any = one.extras.get("records") or [None]
+    record = records[0]
+    source = f" ({record.source})" if getattr(record, "source", "") else ""
+    prompt = getattr(record, "prompt", None)
+    ids = one.ids[0][one.response_mask[0]].tolist()
+    shown = "" if prompt is None else f"\n    prompt: {_short(said(prompt), 300)}"
+    return f"\n  sample{source}:{shown}\n    response: token ids {_short(str(ids), 300)}"
+
+
 def said(prompt: Any) -> str:
     """A prompt's words: the string itself, or what each turn of a conversation says, a line each."""
     if isinstance(prompt, str):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import html
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -153,13 +153,13 @@ def before_and_after(lines: Sequence[dict[str, Any]], n: int) -> list[Sample]:
     first: dict[str, dict[str, Any]] = {}
     last: dict[str, dict[str, Any]] = {}
     for line in lines:
-        key = _prompt_text(line.get("prompt", ""))
+        key = _asked(line)
         first.setdefault(key, line)
         if line["step"] != last.get(key, {}).get("step"):
             last[key] = line
     twice = [key for key in first if last[key]["step"] != first[key]["step"]]
     return [
-        Sample(key, first[key]["response"], last[key]["response"], first[key].get("score"), last[key].get("score"))
+        Sample(key, _answered(first[key]), _answered(last[key]), first[key].get("score"), last[key].get("score"))
         for key in twice[:n]
     ]
 
@@ -170,7 +170,7 @@ def first_and_last(lines: Sequence[dict[str, Any]], n: int) -> Table:
     for step in dict.fromkeys((lines[0]["step"], lines[-1]["step"])):
         for line in [line for line in lines if line["step"] == step][:n]:
             score = signed(line["score"]) if "score" in line else ""
-            rows.append((str(step), _prompt_text(line.get("prompt", "")), line["response"], score))
+            rows.append((str(step), _asked(line), _answered(line), score))
     return Table(["step", "prompt", "response", "score"], rows, numbers=["step", "score"])
 
 
@@ -208,6 +208,21 @@ def _last_figures(lines: Sequence[dict[str, Any]]) -> list[Headline]:
                 found.append(Headline(label, f"{values[-1]:.3g}", ", ".join(part for part in (unit, note) if part)))
                 break
     return found
+
+
+def _asked(line: Mapping[str, Any]) -> str:
+    """The prompt that a sample began with: of a conversation with an environment, ``prompt`` is all but its last turn."""
+    return _prompt_text(line.get("asked", line.get("prompt", "")))
+
+
+def _answered(line: Mapping[str, Any]) -> str:
+    """What was said after it."""
+    if "asked" not in line:
+        return str(line["response"])
+    if isinstance(line["prompt"], str):
+        return f"{line['prompt'][len(line['asked']) :]}{line['response']}"
+    asked = 1 if isinstance(line["asked"], str) else len(line["asked"])
+    return _prompt_text([*line["prompt"][asked:], {"role": "assistant", "content": line["response"]}])
 
 
 def _prompt_text(prompt: Any) -> str:

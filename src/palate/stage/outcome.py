@@ -22,7 +22,9 @@ from palate.evaluation.reward_model import RewardModelReport, evaluate_reward_mo
 from palate.generation.sampler import sample
 from palate.models.forward import response_scores, score_responses
 from palate.models.heads import normalise
+from palate.models.preferences import compares
 from palate.run_folder import write_text
+from palate.stage.rollout import rollout_of
 from palate.training import log
 from palate.training.order import seeded
 from palate.types import Comparisons, Tokens, moved
@@ -31,6 +33,7 @@ SHOWN = 8  # prompts whose responses are kept from before and after
 NORMALISED_ON = 512  # responses that say where a reward's 0 and 1 are
 ROWS = 64  # a batch of scoring
 UNRECORDED = "not recorded; say here who judged, and how, before you share this model"
+_SEED = 0x5A
 
 
 def reference_responses(
@@ -101,7 +104,8 @@ class Witness:
     """The policy's responses to the same few prompts, before and after training."""
 
     def __init__(self, config: RunConfig, chat: Chat, items: Sequence[Item], reward: Any) -> None:
-        self.config, self.chat, self.reward = config, chat, reward
+        self.config, self.chat = config, chat
+        self.reward = None if compares(reward) else reward  # one that compares has no score of a response alone
         records = [Prompt(item.record.prompt, _fields(item.record), item.record.source) for item in items[:SHOWN]]
         length = max(2, (config.data.max_length or 0) - config.sampling.max_new_tokens)
         self.items, _ = encode_records(records, "prompts", chat, max_length=length)
@@ -109,13 +113,12 @@ class Witness:
     @torch.no_grad()
     def responses(self, policy: nn.Module, step: int, when: str) -> list[dict[str, Any]]:
         """Entries for samples.jsonl; the same seed both times, so that only the weights differ."""
-        tokens = _sampled(policy, self.items, self.config, self.chat)
+        rollout = rollout_of(self.config, policy, self.chat)
+        tokens = rollout(self.items, self.config.training.seed, _SEED)
         scores = None if self.reward is None else score_responses(self.reward, tokens).scores.tolist()
         entries = []
-        for row, item in enumerate(self.items):
-            text = self.chat.text(tokens.ids[row][tokens.response_mask[row]].tolist())
-            entry = {"step": step, "when": when, "prompt": item.record.prompt, "response": text}
-            entry["finished"] = bool(tokens.extras["finished"][row])
+        for row, entry in enumerate(rollout.texts(tokens, range(len(tokens)))):
+            entry = {"step": step, "when": when} | entry
             entries.append(entry | ({} if scores is None else {"score": scores[row]}))
         return entries
 
@@ -130,7 +133,7 @@ def _sampled(model: nn.Module, items: Sequence[Item], config: RunConfig, chat: C
         prompt_ids(items),
         config.sampling,
         stop_token_ids=chat.stop_token_ids,
-        generator=seeded(config.training.seed, 0x5A),
+        generator=seeded(config.training.seed, _SEED),
         records=[item.record for item in items],
     )
 

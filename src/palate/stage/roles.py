@@ -11,7 +11,7 @@ from palate.config import RunConfig
 from palate.data.chat import Chat
 from palate.errors import ConfigError, ModelError
 from palate.models.load import load_policy, load_scalar, new_policy
-from palate.models.rewards import WeightedReward, load_reward
+from palate.models.rewards import load_reward, members
 from palate.models.roles import AdapterOff, reference_of
 from palate.types import Models
 
@@ -69,7 +69,7 @@ def load_roles(config: RunConfig, trained: nn.Module, chat: Chat) -> Models:
         models.reference = reference_of(trained, config.reference, tokenizer=chat.tokenizer, **place)
     if "reward" in needs and models.reward is None:
         assert config.reward is not None
-        models.reward = load_reward(config.reward, chat, **place)
+        models.reward = load_reward(config.reward, chat, **place, measuring=True)
     if "value" in needs:
         where, why = value_source(config, models.reward)
         try:
@@ -126,9 +126,10 @@ def bill(models: Models, trains: tuple[str, ...]) -> list[Role]:
 
 
 def _models_in(reward: Any) -> list[nn.Module]:
-    """The models that a reward asks: none of a function, its own of a classifier, those of its parts of a sum."""
-    if isinstance(reward, WeightedReward):
-        return [model for part, _ in reward.rewards.values() for model in _models_in(part)]
+    """The models that a reward asks: none of a function, its own of a classifier, those of its members of a sum."""
+    inside = members(reward)
+    if inside:
+        return [model for part in inside.values() for model in _models_in(part)]
     model = reward if isinstance(reward, nn.Module) else getattr(reward, "model", None)
     return [model] if isinstance(model, nn.Module) else []
 

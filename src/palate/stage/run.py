@@ -35,11 +35,12 @@ from palate.stage.progress import speaker, watched
 from palate.stage.records import Sides, encode_sides, pretraining_items, read_sides
 from palate.stage.reference_cache import items_with_reference
 from palate.stage.reference_store import cache_folder
+from palate.stage.reward_scale import adopted, with_reward_ready
 from palate.stage.roles import bill, load_roles, load_trained, trained_role, where_from
+from palate.stage.rollout import rollout_of
 from palate.stage.trackers import check_trackers, open_trackers
 from palate.training import log
 from palate.training.loop import Run, train
-from palate.training.rollouts import Rollout
 from palate.types import Models
 
 Say = Callable[[Any], None]
@@ -78,6 +79,7 @@ def run_stage(config: RunConfig, *, quiet: bool = False) -> Path:
     say = speaker(quiet)
     config = with_device(config)
     require_all(config)
+    config = adopted(config)
     check_trackers(config.trackers)
     state = open_run(config, unresolved=FILLED)
     if state == "finished":
@@ -170,6 +172,7 @@ def load_stage(config: RunConfig, say: Say) -> Stage:
     items = encode_sides(config, sides, chat, noted)
     _check_held_out(config, items)
     models = load_roles(config, model, chat)
+    config = with_reward_ready(config, models, items, chat, say)
     say(_bill_table(config, models))
     conversations = any(not isinstance(record.prompt, str) for record in sides.train)
     return Stage(config, chat, models, items, pretraining_items(config, chat, noted), conversations, account, origins)
@@ -251,7 +254,15 @@ def loop_run(stage: Stage) -> Run:
     rollout = None
     if samples:
         assert stage.models.policy is not None
-        rollout = Rollout(stage.models.policy, chat, config.sampling, config.samples_per_prompt)
+        rollout = rollout_of(
+            config,
+            stage.models.policy,
+            chat,
+            samples_per_prompt=config.samples_per_prompt,
+            drawn_by=getattr(method, "drawn_by", ("policy",)),
+            reference=stage.models.reference,
+            mixture=getattr(method, "mixture", 0.0),
+        )
     return Run(
         folder=config.out,
         method=method,

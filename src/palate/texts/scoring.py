@@ -17,7 +17,8 @@ from palate.data.kinds import Comparison, Demonstration, Judgement, Prompt, Rank
 from palate.errors import ConfigError, DataError
 from palate.models.forward import score_responses
 from palate.models.load import load_tokenizer
-from palate.models.rewards import FUNCTION, load_reward
+from palate.models.rewards import first_folder, load_reward
+from palate.settings_tree import spelled_out
 from palate.stage.chats import chat_of
 from palate.texts.common import LONGEST, Progress, context_of, device_of, say_cut
 from palate.types import moved
@@ -87,7 +88,8 @@ def score_records(
     """Score every response; the same number as in training.
 
     Args:
-        reward: what ``models.rewards.load_reward`` takes: a folder or hub name, "module:function", a mapping.
+        reward: what ``models.rewards.load_reward`` takes: a folder or hub name, "module:function", a mapping; or a text
+            that holds one, or names a .yaml file with one (a run's config.yaml too).
         records: with responses, all of one kind.
         tokenizer: folder or hub name of the policy's, for a reward that has none of its own.
         max_length: tokens of prompt and response; None = what the reward can hold, at most 1024. Longer prompts are cut
@@ -97,6 +99,7 @@ def score_records(
     """
     if not records:
         raise DataError("no record to score.")
+    reward = spelled_out(reward, "reward")
     chat = _reward_chat(reward, tokenizer, chat_template)
     place = device_of(device)
     judge = load_reward(reward, chat, dtype=dtype, device=place)
@@ -109,25 +112,10 @@ def score_records(
 
 def _reward_chat(reward: Any, tokenizer: str | None, template: str | None) -> Chat:
     """The chat of the tokenizer that is named, else of the first model that the reward names."""
-    where = tokenizer or _first_folder(reward)
+    where = tokenizer or first_folder(reward)
     if where is None:
         raise ConfigError("this reward has no tokenizer of its own. Name the policy's: --tokenizer FOLDER.")
     return chat_of(where, load_tokenizer(where), template)
-
-
-def _first_folder(reward: Any) -> str | None:
-    if isinstance(reward, Mapping):
-        for key in ("model", "classifier"):
-            if key in reward:
-                return str(reward[key])
-        parts: Sequence[Any] = [] if "function" in reward else list(reward.values())
-    elif isinstance(reward, (list, tuple)):
-        parts = reward
-    elif callable(reward):
-        return None
-    else:
-        return None if FUNCTION.match(str(reward)) else str(reward)
-    return next((found for part in parts if (found := _first_folder(part))), None)
 
 
 def responses_of(record: Record) -> list[str]:

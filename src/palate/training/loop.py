@@ -19,6 +19,7 @@ import torch
 
 from palate.data.collate import Item
 from palate.errors import ConfigError, DataError
+from palate.functional.trust_region import TrustRegion
 from palate.methods.sft import SFT
 from palate.training import checkpoint, guards, log
 from palate.training.optimizer import (
@@ -32,7 +33,8 @@ from palate.training.optimizer import (
 from palate.training.order import batch_items, minibatch_rows
 from palate.training.rollouts import Rollout
 from palate.training.settings import TrainingSettings, steps_of
-from palate.types import Batch, Mean, Method, Models, Tokens, microbatches, moved
+from palate.training.trust_region import trust_region_step
+from palate.types import Batch, Mean, Method, Models, Tokens, groups, joined, microbatches, moved
 
 Metrics = dict[str, Any]
 
@@ -153,18 +155,15 @@ def _batch(
     settings, clock = run.settings, _Clock()
     torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout, where there is any
     learning_rate = set_learning_rate(optimizer, schedule(step, total, settings))
-    items = batch_items(run.items, settings.batch_size, step, settings.seed)
-    batch = _collect(run, items, settings.seed, step)
-    clock.lap("time/rollout" if run.rollout else "time/collate")
-    with torch.no_grad():
-        batch = run.method.prepare(run.models, batch)
+    batch = _prepared(run, step, clock)
     sums: dict[str, Mean] = dict(getattr(batch, "metrics", {}))
     if step == 0 and run.starts_at_reference:
         guards.check_same_reference({name: mean.item() for name, mean in sums.items()}, run.dtype)
     _write_samples(run, batch, step, total)
     clock.lap("time/prepare")
     updates = 0
-    for epoch in range(getattr(run.method, "epochs", 1)):
+    region: TrustRegion | None = getattr(run.method, "trust_region", None)
+    for epoch in range(getattr(run.method, "epochs", 1) if len(batch) else 0):
         seed = (settings.seed, step, epoch)
         for rows in minibatch_rows(batch, getattr(run.method, "minibatches", 1), *seed):
             part = batch.select(rows.to(batch.tokens.ids.device))
@@ -182,6 +181,10 @@ def _batch(
                 name = "grad_norm" if len(norms) == 1 else f"grad_norm/{role}"
                 mean = Mean(torch.tensor(norm), torch.tensor(1.0))
                 sums[name] = sums[name] + mean if name in sums else mean
+            if region is not None:
+                this = _trust_region(run, parameters["policy"], part, region, first=updates == 0)
+                for name, value in this.items():
+                    sums[name] = Mean(torch.tensor(value), torch.tensor(1.0))
             optimizer.step()
             updates += 1
         else:
@@ -196,6 +199,29 @@ def _batch(
     metrics: Metrics = {"step": step + 1, "split": "train"} | {name: mean.item() for name, mean in sorted(sums.items())}
     metrics |= {"learning_rate": learning_rate, "updates": updates} | counts
     return metrics, clock.times | {"tokens/second": counts["tokens/all"] / sum(clock.times.values())}
+
+
+def _prepared(run: Run, step: int, clock: _Clock) -> Batch:
+    """The batch of this step with all that needs no gradient; filled up where the method left groups out."""
+    settings, refills = run.settings, getattr(run.method, "refills", 0)
+    whole: Any = None
+    for attempt in range(1 + refills):
+        again = (attempt,) if attempt else ()
+        # A refill takes the batch of the same number from another order of the items: nothing has to be remembered.
+        items = batch_items(run.items, settings.batch_size, step, settings.seed + _REFILL * attempt)
+        sampled = _collect(run, items, settings.seed, step, *again)
+        clock.lap("time/rollout" if run.rollout else "time/collate")
+        with torch.no_grad():
+            part = run.method.prepare(run.models, sampled)
+        clock.lap("time/prepare")
+        whole = part if whole is None else joined(whole, part)
+        parts = groups(whole) if refills else []
+        if len(parts) >= len(items):
+            return whole.select(torch.cat(parts[: len(items)]))  # type: ignore[no-any-return]
+    return whole  # type: ignore[no-any-return]
+
+
+_REFILL = 1_000_000_007
 
 
 def _collect(run: Run, items: Sequence[Item], *seed: int) -> Batch:
@@ -232,6 +258,18 @@ def _accumulate(
     }
     guards.check_finite(metrics["loss"], norms, part, run.folder, step + 1)
     return metrics, norms
+
+
+def _trust_region(
+    run: Run, policy: Mapping[str, torch.nn.Parameter], part: Batch, region: TrustRegion, *, first: bool
+) -> dict[str, float]:
+    """The policy's step of a method with a trust region, the first time; the optimizer moves the other roles alone."""
+    weights = list(policy.values())
+    if first:
+        return trust_region_step(run, part, weights, region)
+    for p in weights:
+        p.grad = None
+    return {}
 
 
 def _add_pretraining_gradient(run: Run, step: int, update: int) -> dict[str, float]:
@@ -340,5 +378,5 @@ class _Clock:
 
     def lap(self, name: str) -> None:
         now = time.perf_counter()
-        self.times[name] = now - self._last
+        self.times[name] = self.times.get(name, 0.0) + now - self._last
         self._last = now

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -13,7 +14,11 @@ from palate.data.chat import Chat
 from palate.data.collate import Item, prompt_ids
 from palate.generation.sampler import SamplingSettings, sample
 from palate.training.order import seeded
-from palate.types import Tokens
+from palate.types import Tokens, joined
+
+# Who may draw a row, and what is added to the seed: policy and reference begin as the same weights, and with the same
+# random numbers they would draw the same responses.
+DRAWERS: dict[str, tuple[int, ...]] = {"policy": (), "greedy": (), "reference": (0x4EF0,), "mixture": (0x3180,)}
 
 
 @dataclass
@@ -24,26 +29,55 @@ class Rollout:
         policy: samples the responses.
         chat: for the stop tokens and for turning ids into text.
         sampling: temperature, lengths, filters.
-        samples_per_prompt: K >= 1; the K rows of a prompt share a group.
+        samples_per_prompt: K >= 1; the rows of a prompt share a group.
+        drawn_by: who draws, in this order: "policy", K rows a prompt; "greedy", one of the policy's most probable token at
+            every step; "reference", K rows; "mixture", K rows, token by token from policy^(1-b) reference^b. Where
+            there are several, ``extras["drawn_by"]`` has each row's.
+        reference: the frozen model, or ``AdapterOff(policy)``, where it draws.
+        mixture: b, the reference's share, in [0, 1].
     """
 
     policy: nn.Module
     chat: Chat
     sampling: SamplingSettings
     samples_per_prompt: int = 1
+    drawn_by: tuple[str, ...] = ("policy",)
+    reference: nn.Module | None = None
+    mixture: float = 0.0
 
     def __call__(self, items: Sequence[Item], *seed: int, progress: Callable[[int, int], None] | None = None) -> Tokens:
-        """K responses to each prompt; the same seed numbers give the same samples."""
+        """Responses to each prompt; the same seed numbers give the same samples, whoever draws beside."""
+        parts = [self._drawn(who, items, (*seed, *DRAWERS[who]), progress) for who in self.drawn_by]
+        if len(parts) == 1:
+            return parts[0]
+        rows = reduce(joined, parts)
+        group = torch.cat([part.group for part in parts])
+        whose = [who for who, part in zip(self.drawn_by, parts, strict=True) for _ in range(len(part))]
+        rows = replace(rows, group=group, extras={**rows.extras, "drawn_by": whose})
+        return rows.select(torch.argsort(group, stable=True))
+
+    def _drawn(
+        self,
+        who: str,
+        items: Sequence[Item],
+        seed: Sequence[int],
+        progress: Callable[[int, int], None] | None,
+    ) -> Tokens:
+        sampling, copies = self.sampling, self.samples_per_prompt
+        if who == "greedy":
+            sampling, copies = replace(sampling, temperature=0.0), 1
         with torch.no_grad():
             return sample(
                 self.policy,
                 prompt_ids(items),
-                self.sampling,
-                samples_per_prompt=self.samples_per_prompt,
+                sampling,
+                samples_per_prompt=copies,
                 stop_token_ids=self.chat.stop_token_ids,
                 generator=seeded(*seed),
                 records=[item.record for item in items],
                 progress=progress,
+                other=self.reference if who in ("reference", "mixture") else None,
+                mixture={"reference": 1.0, "mixture": self.mixture}.get(who, 0.0),
             )
 
     def texts(self, tokens: Tokens, rows: Sequence[int]) -> list[dict[str, Any]]:

@@ -43,6 +43,10 @@ class FunctionReward:
         samples = read_samples(tokens, self.chat)
         if not samples:
             return Scored(tokens.ids.new_zeros(0, dtype=torch.float32), {})
+        return Scored(self.of_samples(samples).to(tokens.ids.device), {})
+
+    def of_samples(self, samples: Sequence[Sample]) -> Tensor:
+        """Numbers [N], of at least one sample; raises as ``__call__``."""
         try:
             returned = self._call(samples)
         except PalateError:
@@ -50,7 +54,7 @@ class FunctionReward:
         except Exception as error:
             sample = self._culprit(samples)
             raise ModelError(f'reward "{self.name}" raised {type(error).__name__}: {error}{sample.show()}') from error
-        return Scored(self._numbers(returned, samples).to(tokens.ids.device), {})
+        return self._numbers(returned, samples)
 
     def _call(self, samples: Sequence[Sample]) -> Any:
         names = list(dict.fromkeys(name for sample in samples for name in sample.fields))
@@ -92,12 +96,12 @@ class FunctionReward:
                 f'reward "{self.name}" returned {found} for {len(samples)} responses; one number for each was expected.'
                 + samples[0].show()
             )
-        scores = torch.zeros(len(samples))
+        scores = torch.zeros(len(samples), dtype=torch.float64)
         for i, (value, sample) in enumerate(zip(values, samples, strict=True)):
             try:
                 scores[i] = float(value)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise ModelError(
-                    f'reward "{self.name}" returned {value!r}; a number was expected.{sample.show()}'
+                    f'reward "{self.name}" returned {value!r:.100}; a number was expected.{sample.show()}'
                 ) from error
-        return finite(scores, samples, self.name)
+        return finite(scores.float(), samples, self.name)
