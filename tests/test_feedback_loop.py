@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("fastapi")
-httpx = pytest.importorskip("httpx")
+httpx2 = pytest.importorskip("httpx2")
 from typer.testing import CliRunner
 
 from palate.cli import app
@@ -121,9 +121,9 @@ def _served(words: list[str], url: str) -> subprocess.Popen[bytes]:
     until = time.monotonic() + 120
     while True:
         try:
-            httpx.get(url, timeout=5)
+            httpx2.get(url, timeout=5)
             return server
-        except httpx.TransportError:
+        except httpx2.TransportError:
             if server.poll() is not None or time.monotonic() > until:
                 server.kill()
                 raise

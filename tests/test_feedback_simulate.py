@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("fastapi")
-pytest.importorskip("httpx")
+pytest.importorskip("httpx2")
 from typer.testing import CliRunner
 
 from feedback_stores import answer_all, make_store, prefer_bad, prefer_good

@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("nh3")
-import httpx
+import httpx2
 
 from arena_models import Parrot, arena_client, bodies, events_of
 from feedback_stores import compare_task, make_store
@@ -271,8 +271,8 @@ def real(tmp_path) -> Iterator[Callable[..., Site]]:
         assert verify(each.store).problems == []
 
 
-def client_of(site: Site, name: str) -> httpx.Client:
-    found = httpx.Client(base_url=site.url, headers={"origin": site.url}, timeout=20)
+def client_of(site: Site, name: str) -> httpx2.Client:
+    found = httpx2.Client(base_url=site.url, headers={"origin": site.url}, timeout=20)
     assert found.post("/api/login", json={"token": people.issue_link(site.store, name)}).status_code == 200
     return found
 
@@ -368,7 +368,7 @@ def test_what_was_kept_is_there_after_the_server_is_killed(store, tmp_path) -> N
         return process
 
     url = f"http://127.0.0.1:{port}"
-    client = httpx.Client(base_url=url, headers={"origin": url}, timeout=20, transport=httpx.HTTPTransport(retries=5))
+    client = httpx2.Client(base_url=url, headers={"origin": url}, timeout=20, transport=httpx2.HTTPTransport(retries=5))
     process = serve()
     try:
         assert client.post("/api/login", json={"token": people.issue_link(store, "n0")}).status_code == 200
@@ -513,7 +513,7 @@ def test_the_command_serves_two_models_that_can_be_talked_to(folder, tmp_path) -
         line = process.stdout.readline()
         assert line, "the server did not start"
         told = json.loads(line)
-        client = httpx.Client(base_url=told["url"], headers={"origin": told["url"]}, timeout=30)
+        client = httpx2.Client(base_url=told["url"], headers={"origin": told["url"]}, timeout=30)
         assert client.post("/api/login", json={"token": told["link"].split("#")[1]}).status_code == 200
         assert "arena.js" in client.get("/").text
         conversation = begin(client)

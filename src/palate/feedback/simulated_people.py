@@ -28,7 +28,7 @@ from palate.errors import ConfigError, DataError, FeedbackError
 from palate.feedback.hidden import visible
 
 if TYPE_CHECKING:
-    import httpx
+    import httpx2
 
 Gold = Callable[[list[Any], list[str]], Sequence[float]]
 PATIENCE = 30.0  # seconds without a connection after which it gives up
@@ -162,7 +162,7 @@ def simulate(
         answers: in all.
         seed: of every noise.
         progress: called with (answers so far, answers).
-        client: makes the connection of an annotator, an ``httpx.Client``; None = one to ``url``.
+        client: makes the connection of an annotator, an ``httpx2.Client``; None = one to ``url``.
     Raises:
         FeedbackError: a login is refused, or an answer is.
         ConfigError: nobody listens there.
@@ -215,7 +215,7 @@ def gold_of(where: str) -> Gold:
 class _Person:
     """One annotator at their page."""
 
-    def __init__(self, name: str, token: str, character: Character, url: str, http: httpx.Client, seed: int) -> None:
+    def __init__(self, name: str, token: str, character: Character, url: str, http: httpx2.Client, seed: int) -> None:
         self.name, self.token, self.character, self.url, self.http, self.seed = name, token, character, url, http, seed
         self.given = 0
         self.questions: list[dict[str, Any]] = []
@@ -253,13 +253,13 @@ class _Person:
 
     def _send(self, method: str, path: str, body: Any) -> Any:
         """Send until an answer comes; the same key makes repeating harmless."""
-        import httpx
+        import httpx2
 
         until = time.monotonic() + PATIENCE
         while True:
             try:
                 response = self.http.request(method, path, json=body)
-            except httpx.TransportError as error:
+            except httpx2.TransportError as error:
                 if time.monotonic() > until or not self.questions:
                     raise ConfigError(
                         f"{self.url}: no server answers there: {error}. Start it with: palate label serve"
@@ -279,9 +279,9 @@ class _Person:
 
 
 def _client(url: str) -> Any:
-    import httpx
+    import httpx2
 
-    return httpx.Client(base_url=url, headers={"origin": url.rstrip("/")}, timeout=30.0)
+    return httpx2.Client(base_url=url, headers={"origin": url.rstrip("/")}, timeout=30.0)
 
 
 def _json(response: Any) -> dict[str, Any]:

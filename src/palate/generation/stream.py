@@ -18,6 +18,7 @@ from palate.generation.draw import draw
 from palate.generation.sampler import _seed
 from palate.generation.settings import SamplingSettings
 from palate.generation.uniform import uniforms
+from palate.generation.voices import Voice
 
 UNFINISHED = "\ufffd"  # what a decoder writes for bytes that are no character, or not yet
 
@@ -54,7 +55,7 @@ def stream(
     uniform = uniforms(_seed(generator) if settings.temperature else 0, zero, zero, steps)
     stop = torch.tensor(sorted(stops), dtype=torch.long, device=device)
     cache = RowCache(rows=1, columns=len(prompt) + steps, copies=1, width=len(prompt))
-    forward = _forward(model, cache)
+    forward = _forward(Voice(model), cache)
     cache.read_prompts(0, 1)
     ids = torch.tensor([list(prompt)], dtype=torch.long, device=device)
     positions = torch.arange(len(prompt), device=device)[None]
