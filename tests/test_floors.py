@@ -28,6 +28,7 @@ FLOOR = {
     "feedback": 4,
     "evaluation": 4,
     "health": 4,
+    "environment": 4,
     "report": 4,
     # What turns settings into runs: everything between the training room and the command line.
     **dict.fromkeys(("settings_tree", "config", "defaults", "resolve", "lookup", "method_docs", "run_folder"), 5),
@@ -100,8 +101,9 @@ def breaches(source: str, module: str, is_package: bool = False) -> list[str]:
             found.append(f"{where}: {room}/ comes before {other}/")
         if room == "functional" and other not in ("types", "errors"):
             found.append(f"{where}: functional/ imports torch and types only")
-        if room == "methods" and FLOOR[other] == 2 and not imported.startswith("palate.models.forward"):
-            found.append(f"{where}: of floor 2, methods/ may use the functions of models.forward only")
+        asking = ("palate.models.forward", "palate.models.preferences")  # how a role is asked
+        if room == "methods" and FLOOR[other] == 2 and not imported.startswith(asking):
+            found.append(f"{where}: of floor 2, methods/ may use the functions of models.forward and .preferences only")
     return found
 
 
