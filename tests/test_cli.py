@@ -244,7 +244,7 @@ def test_explain_shows_paper_roles_and_settings(name: str) -> None:
 
 def test_explain_all_lists_the_settings_of_every_run() -> None:
     shared = json.loads(palate("explain", "sft", "--all", "--json").stdout)["shared"]
-    assert {"training", "data", "sampling", "lora", ""} == set(shared)
+    assert {"training", "data", "sampling", "lora", "environment", ""} == set(shared)
     assert "learning_rate" in [s["name"] for s in shared["training"]]
     assert "training.learning_rate" in palate("explain", "sft", "--all").stdout
 
