@@ -67,6 +67,7 @@ def best_of_n_kl_bound(n: int, keep: int = 1) -> float:
     if keep == 1:
         return math.log(n) - (n - 1) / n
     u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    order_statistics = [math.comb(n - 1, j) * u ** (n - 1 - j) * (1 - u) ** j for j in range(keep)]
+    chances = [math.lgamma(n) - math.lgamma(j + 1) - math.lgamma(n - j) for j in range(keep)]  # log C(n-1, j)
+    order_statistics = [(c + (n - 1 - j) * u.log() + j * (1 - u).log()).exp() for j, c in enumerate(chances)]
     density = n / keep * torch.stack(order_statistics).sum(0)
     return float(torch.where(density > 0, density * density.clamp(min=1e-300).log(), 0).mean())

@@ -126,12 +126,12 @@ class PPOLagrangian:
             gamma=self.gamma,
             lam=self.lam,
             whiten_advantages=self.whiten_advantages,
-            missing_eos_penalty=self.missing_eos_penalty,
+            missing_eos_penalty=self.missing_eos_penalty / (1 + self.multiplier),
             temperature=self.temperature,
         )
 
     def prepare(self, models: Models, batch: Tokens) -> Trajectories:
-        """ppo's, with (r - lambda c) / (1 + lambda) as the score and the KL charge divided alike."""
+        """ppo's, with (r - lambda c) / (1 + lambda) as the score; the KL charge and the penalty divided alike."""
         assert models.reward is not None
         weighed = _Weighed(models.reward, self.cost, self.multiplier)
         made = self._ppo().prepare(replace(models, reward=weighed), batch)
@@ -176,6 +176,12 @@ class _Weighed:
             raise ConfigError(
                 f'ppo_lagrangian: the reward has no part "{self.cost}". Found: {found}. Give a sum of named parts, the '
                 f"cost with weight 0: reward: {{helpful: runs/reward/model, {self.cost}: {{model: runs/cost/model, weight: 0}}}}."
+            )
+        part = getattr(self.reward, "rewards", {}).get(self.cost)
+        if isinstance(part, tuple) and part[1]:
+            raise ConfigError(
+                f'ppo_lagrangian: the part "{self.cost}" has weight {part[1]:g}; expected 0, because the multiplier is its '
+                "weight: with another it would count twice."
             )
         self.costs = scored.parts[self.cost]
         return Scored(lagrangian_scores(scored.scores, self.costs, self.multiplier), scored.parts)

@@ -9,27 +9,32 @@ Where the answer is looked for:
 What a number is: 72  -3  +4  1,234.50  .5  3/4  2 1/2  1.5e3  1.5 x 10^3  $10  10%  12 km  5 million; LaTeX's \\frac{3}{4}
 and 1{,}000, and U+2212 as minus. Units, currencies and the percent sign are left out: 50% is 50, never 0.5.
 
-What is none: 1,23  3.14.15  12:30  3-4  1/2/2023  10^3  3\\pi  5k  2nd  B12  - 5 (a list's dash, or a minus?).
+What is none: 1,23  1 000 (one number, or two?)  3.14.15  12:30  3-4  1/2/2023  10^3  3\\pi  5k  2nd  B12  negative 5
+- 5 (a list's dash, or a minus?).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import takewhile
 from typing import Any
 
 from palate.errors import ConfigError
 from palate.models.samples import Sample
 
 LONGEST = 300  # digits of a number, and size of an exponent: beyond, it is none
-SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 # -- the text, made plain ------------------------------------------------------------------------------------------------
 
 _PLAIN = str.maketrans(
     {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}  # full-width forms
     | {
+        "\u2010": "-",
+        "\u2011": "-",
         "\u2212": "-",
         "\u2044": "/",
         "\u00d7": "*",
@@ -39,10 +44,21 @@ _PLAIN = str.maketrans(
         "`": " ",
         "\u00b0": " ",
     }
+    | {  # as LaTeX has them: something is still to be computed, or no single number
+        "\u221a": " \\sqrt ",
+        "\u03c0": "\\pi ",
+        "\u00b1": " \\pm ",
+        "\u2260": " \\ne ",
+        "\u2264": " \\le ",
+        "\u2265": " \\ge ",
+    }
+    | dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad")  # characters without width
     | dict.fromkeys("\u20ac\u00a3\u00a5\u20b9\u00a2", "$")  # any currency
 )
 _GAPS = "\u00a0\u202f\u2009"  # spaces that group digits
 _VULGAR = {"\u00bd": "1/2", "\u00bc": "1/4", "\u00be": "3/4", "\u2153": "1/3", "\u2154": "2/3", "\u215b": "1/8"}
+_VULGAR |= {"\u215c": "3/8", "\u215d": "5/8", "\u215e": "7/8"} | {chr(0x2155 + i): f"{i + 1}/5" for i in range(4)}
+_VULGAR |= {"\u2159": "1/6", "\u215a": "5/6"}
 _RAISED = str.maketrans("\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b", "0123456789+-")
 _LATEX: list[tuple[str, str]] = [
     (r"(?<=\d)\s*(?=\\[dt]?frac)", " "),
@@ -58,6 +74,7 @@ _LATEX: list[tuple[str, str]] = [
 ]
 _EMPHASIS = re.compile(r"(?<![\w*)])(\*\*?)(?![\s*])([^*\n]+?)(?<!\s)\1(?![\w*(])")
 _SCIENTIFIC = re.compile(r"(?<=\d)\s*[*xX]\s*10\s*\^\s*\{?\s*([-+]?\d+)\s*\}?")
+_GROUPED = re.compile("(?<![\\w.,])(\\d{1,3})(?:(?: \\d{3})+|(?:['\u2019]\\d{3})+)(?!\\d)")  # one number, or two?
 _CURRENCY = re.compile(r"\b(?:US|CA|AU|NZ|HK|C|A|R|Rs)\.?(?=\$|\d)")
 
 
@@ -74,6 +91,7 @@ def _plain(text: str) -> str:
     text = text.translate(_PLAIN)
     for pattern, new in _LATEX if "\\" in text or "{," in text else ():
         text = re.sub(pattern, new, text)
+    text = _GROUPED.sub(r"\1_000", text)
     text = re.sub(r"</?[A-Za-z]\w*\s*/?>", " ", text.replace("$$", " "))  # <answer>72</answer>
     text = _EMPHASIS.sub(r"\2", text)
     text = _SCIENTIFIC.sub(r"e\1", text)
@@ -96,6 +114,8 @@ _WORD = re.compile(
 )
 _NO_UNIT = {"k", "K", "M", "B", "bn", "mn", "mil", "x", "y", "z", "n", "i", "pi", "e", "E"}  # 5k? 5x?
 _ORDINAL = {"st", "nd", "rd", "th"}
+_SCALE_SIGNS = {"k", "K", "M", "B", "bn", "mn", "mil"}  # 5 k? 5 M?
+_IN_WORDS = {"negative", "minus", "plus", "times", "sqrt", "log", "ln"}
 _OPERATORS = {"+", "-", "*", "/", "^", "**"}
 
 
@@ -139,12 +159,15 @@ def _number_at(words: Sequence[str], at: int) -> tuple[Fraction | None, int]:
     if value is None:
         return None, 1
     before, after = words[:at], list(words[at + 1 :])
-    if after and after[0].lower().rstrip("s.") in SCALES:
-        return value * SCALES[after.pop(0).lower().rstrip("s.")], 1
     took = 1
     if re.fullmatch(r"\d+/\d+", words[at]) and value < 1 and before and re.fullmatch(r"-?\d+", before[-1]):
         whole = Fraction(before[-1])
         value, before, took = whole - value if before[-1][0] == "-" else whole + value, before[:-1], 2
+    scales = [word.lower().rstrip("s.") for word in after[:3]]
+    scales = [*takewhile(SCALES.__contains__, scales)]  # 5 hundred thousand
+    if len(scales) > 2:
+        return None, took
+    value, after = value * math.prod(SCALES[scale] for scale in scales), after[len(scales) :]
     return (None, took) if _in_an_expression(before, after) else (value, took)
 
 
@@ -152,13 +175,15 @@ def _in_an_expression(before: Sequence[str], after: Sequence[str]) -> bool:
     """Is the number something to compute with, not a result?"""
     if before:
         last, number_before = before[-1], len(before) > 1 and any(c.isdigit() for c in before[-2])
-        if last in _OPERATORS or last[-1] in "+*/^" or last.startswith("\\"):
+        if last in _OPERATORS or last[-1] in "+*/^" or last.startswith("\\") or last.lower() in _IN_WORDS:
             return True
         if number_before and last in ("x", "X", ":", "\u2013", "\u2014"):
             return True
     if after:
         first = after[0]
         if first[0] in "+*/^\\" or (first in ("x", "X", "-") and any(c.isdigit() for c in "".join(after[1:2]))):
+            return True
+        if first in _SCALE_SIGNS or first.lower() in ("squared", "cubed"):
             return True
         if [word.lower() for word in after[:2]] == ["and", "a"] and after[2:3] in (["half"], ["third"], ["quarter"]):
             return True
