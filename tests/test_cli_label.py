@@ -96,6 +96,8 @@ def test_every_template_makes_a_store_and_can_be_printed(tmp_path) -> None:
     ("words", "code", "said"),
     [
         (["status", "none.db"], 1, "no such store"),
+        (["status", "odd.jsonl"], 1, "odd.jsonl: not a store of feedback"),
+        (["serve", "none.db"], 1, "no such store"),
         (["init", "a.db", "--task", "nothing"], 2, "no task template"),
         (["init", "a.db", "--task", "wrong.yaml"], 2, "wrong.yaml:1: questions.0.scale"),
         (["import", "a.db", "none.jsonl"], 1, "no such file"),

@@ -261,3 +261,13 @@ def test_a_run_is_not_resumed_with_answers_that_came_later(tmp_path: Path, base:
     (tmp_path / "run" / "card.md").unlink()
     answer_all(store, two, prefer_bad)
     assert "the data changed since this run was started" in train(base, "reward", *words, code=1).stderr
+
+
+def test_a_store_that_is_not_there_is_named_as_one(tmp_path) -> None:
+    """Not as a data set of the hub, which the name could be too."""
+    from palate.config import load_settings
+    from palate.stage.records import read_sides
+
+    config = load_settings("reward", settings={"model": "m", "data": {"train": f"{tmp_path}/none.db"}, "out": tmp_path})
+    with pytest.raises(DataError, match="none.db: no such store of feedback. Make one with: palate label import"):
+        read_sides(config)

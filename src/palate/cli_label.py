@@ -117,7 +117,8 @@ def serve(
     """Serve the page on which annotators answer. Stop it at any time: what was acknowledged is on the disk."""
     for package in PACKAGES:
         _need(package)
-    with _open_or_make(store, task) as opened:
+    # Without a task, a name that is not there is a name mistyped: an empty store would look like lost work.
+    with _open(store) if task is None else _open_or_make(store, task) as opened:
         run_server(opened, host, port, public_url, token_file, rate, as_json)
 
 

@@ -180,7 +180,9 @@ class Store:
             with closing(connect(path, read_only=True)) as db:
                 application, version = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in _HEADER)
         except sqlite3.Error as error:
-            raise FeedbackError(f"{path}: is not a store of feedback: {error}.") from None
+            raise FeedbackError(
+                f"{path}: not a store of feedback ({error}). Make one with: palate label import feedback.db {path}"
+            ) from None
         if application != APPLICATION:
             raise FeedbackError(f"{path}: is some other SQLite file, not a store of feedback.")
         if version > VERSION:

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from palate.config import RunConfig
@@ -68,6 +69,10 @@ def _read(config: RunConfig, where: str, kind: str, limit: int | None, origin: S
         origin(learned.origin)
         return (
             learned.records if data.prompt_words is None else [opening(r, data.prompt_words) for r in learned.records]
+        )
+    if where.endswith(".db") and not Path(where).is_file():
+        raise DataError(
+            f"{where}: no such store of feedback. Make one with: palate label import {where} RESPONSES.jsonl"
         )
     try:
         records = read_records(
