@@ -35,8 +35,7 @@ def measure(
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     from palate.config import load_settings
-    from palate.stage.reference_cache import reference_asked_once
-    from palate.stage.run import load_stage, loop_run
+    from palate.stage.run import load_stage, loop_run, reference_asked_once
     from palate.training.loop import train
 
     # Palate imports these when it needs them; a peer has them at the start, and memory is counted from there.
