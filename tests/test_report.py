@@ -198,6 +198,13 @@ def test_known_metrics_are_drawn_others_folded_and_clocks_left_out(tmp_path):
     assert "held out" in known[0]
 
 
+def test_what_says_nothing_in_a_run_is_folded():
+    """A policy gradient's loss is about 0 whatever is learnt, and a metric that never moved is a flat line."""
+    lines = [{"step": i, "loss": 1e-8 * i, "score": 0.1 * i, "kl/old": 0.0, "clip_fraction": 0.0} for i in range(3)]
+    titles = [[re.search("<figcaption>([^<]*)", c)[1] for c in part] for part in metric_charts(lines)]
+    assert titles == [["Score"], ["loss", "kl/old", "clip_fraction"]]
+
+
 def test_a_half_written_last_line_is_left_out(tmp_path):
     where = run_folder(tmp_path, steps=3) / "metrics.jsonl"
     whole = read_metrics(where)

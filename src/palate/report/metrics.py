@@ -51,12 +51,28 @@ def read_metrics(where: Path) -> list[dict[str, Any]]:
 
 
 def metric_charts(lines: Sequence[Line]) -> tuple[list[str], list[str]]:
-    """Charts of the metrics that matter, and of all the others (without times and token counts), as figures."""
-    known = [figure for chart in _CHARTS if (figure := _figure(chart, lines))]
-    drawn = {name for chart in _CHARTS for name in chart.metrics}
+    """Charts of the metrics that matter, and of all the others (without times and token counts), as figures.
+
+    Among the others is also what says nothing in this run: a metric that never moved, and the loss of a policy gradient,
+    which is about 0 by construction.
+    """
+    telling = [chart for chart in _CHARTS if _tells(chart, lines)]
+    known = [figure for chart in telling if (figure := _figure(chart, lines))]
+    drawn = {name for chart in telling for name in chart.metrics}
     names = dict.fromkeys(name for line in lines for name, value in line.items() if isinstance(value, int | float))
     rest = [n for n in names if n not in drawn and n != "step" and not n.startswith(_QUIET_GROUPS)]
     return known, [figure for n in rest if (figure := _figure(_Chart(n, "", {n: "train"}), lines))]
+
+
+def loss_tells(lines: Sequence[Line]) -> bool:
+    """Does a falling loss mean progress? Not that of a policy gradient, which is about advantages of mean 0."""
+    return not any("clip_fraction" in line for line in lines)
+
+
+def _tells(chart: _Chart, lines: Sequence[Line]) -> bool:
+    if "loss" in chart.metrics:
+        return loss_tells(lines)
+    return len({line[name] for line in lines for name in chart.metrics if name in line}) != 1
 
 
 def curve(

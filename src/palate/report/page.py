@@ -17,7 +17,7 @@ from typing import Any
 from palate.errors import RunError
 from palate.evaluation.statistics import Interval
 from palate.health.alarm import text as alarm_text
-from palate.report.metrics import metric_charts, read_metrics
+from palate.report.metrics import loss_tells, metric_charts, read_metrics
 
 
 @dataclass(frozen=True)
@@ -202,6 +202,8 @@ def _last_figures(lines: Sequence[dict[str, Any]]) -> list[Headline]:
     """Last held-out value of each metric that matters; the training one where nothing was held out."""
     found = []
     for metric, (label, unit) in _LAST.items():
+        if metric == "loss" and not loss_tells(lines):
+            continue
         for split, note in (("validation", "held out"), ("train", "train")):
             values = [line[metric] for line in lines if line.get("split", "train") == split and metric in line]
             if values:
