@@ -51,7 +51,9 @@ PROMPTS = ["a b", "c", "d e f", "g h", "i", "j k l", "m n"]
 def new_run(method, folder, policy=None, **changes):
     """Six steps over seven prompts, a real sampler; a checkpoint every two."""
     chat = Chat(tokenizer_of())
-    items, _ = encode_records([Prompt(text, {}, f"line {n}") for n, text in enumerate(PROMPTS)], "prompts", chat, max_length=24)
+    items, _ = encode_records(
+        [Prompt(text, {}, f"line {n}") for n, text in enumerate(PROMPTS)], "prompts", chat, max_length=24
+    )
     policy = policy or tiny()
     reward = frozen_copy(scalar_of(tiny(), seed=1))
     value = scalar_of(tiny(), seed=2) if "value" in method.needs else None
