@@ -118,16 +118,17 @@ class TabularRollout:
         prompt = torch.tensor([PROMPTS[i] for i in items]).repeat_interleave(self.samples)
         ids = torch.cat([prompt[:, None], torch.zeros(len(prompt), LONGEST, dtype=torch.int64)], 1)
         alive = torch.ones(len(prompt), dtype=torch.bool)
-        real = alive[:, None].repeat(1, 1 + LONGEST)
+        real, said = alive[:, None].repeat(1, 1 + LONGEST), torch.zeros(ids.shape)
         for t in range(1, 1 + LONGEST):
             probabilities = self.policy(ids[:, :t]).logits[:, -1].softmax(-1)
             ids[:, t] = torch.where(alive, torch.multinomial(probabilities, 1, generator=generator)[:, 0], 0)
             real[:, t] = alive
+            said[:, t] = torch.where(alive, probabilities.gather(-1, ids[:, t, None])[:, 0].log(), 0)
             alive = alive & (ids[:, t] != END)
         response = real.clone()
         response[:, 0] = False
         group = torch.arange(len(items)).repeat_interleave(self.samples)
-        return Tokens(ids, real, response, group, {"finished": ~alive})
+        return Tokens(ids, real, response, group, {"finished": ~alive, "sampler_logprobs": said})
 
     def texts(self, tokens, rows):
         return [{"prompt": "", "response": str(tokens.ids[row].tolist())} for row in rows]

@@ -62,12 +62,12 @@ def build(name):
         "ppo": PPO(epochs=2, minibatches=2, adaptive_kl_target=0.5, adaptive_kl_horizon=50.0, normalise_scores=True),
         "grpo": GRPO(epochs=2, minibatches=2),
         "nash_md": NashMD(mixture=0.5),
-    }[name]
+    }[name.removesuffix(" ahead")]
     items, _ = encode_records(records(method.reads), method.reads, chat, max_length=24)
     policy, reward = tiny("llama"), scalar_of(tiny("llama"), seed=1)
     models = Models(reward=reward) if name == "reward" else Models(policy=policy)
     if method.reads == "prompts":
-        models = Models(policy, frozen_copy(policy), frozen_copy(reward), reward if name == "ppo" else None)
+        models = Models(policy, frozen_copy(policy), frozen_copy(reward), reward if name.startswith("ppo") else None)
     best = {"sft": "loss", "reward": "reward/accuracy"}.get(name, "score")
     return Run(
         folder=Path(),
@@ -85,6 +85,7 @@ def build(name):
             best_metric=best,
             best_is="lowest" if name == "sft" else "highest",
             samples_every=2,
+            rollouts_ahead=int(name.endswith(" ahead")),
         ),
         items=items[:7],
         validation=items[7:],
@@ -157,7 +158,7 @@ def arm(moment):
     """Prepare this process's end."""
     kind, _, number = moment.partition(" ")
     number = int(number or 1)
-    if kind == "weights":
+    if kind in ("weights", "stored"):
         checkpoint.save_file = at_call(checkpoint_save, number, half_a_file)
     if kind == "rename":
         Path.rename = at_call(rename, number, die)
@@ -173,7 +174,7 @@ def arm(moment):
         torch.Tensor.backward = at_call(torch.Tensor.backward, number, die)
 
 
-RUNS = {name: build(name) for name in ("sft", "reward", "ppo", "grpo", "nash_md")}
+RUNS = {name: build(name) for name in ("sft", "reward", "ppo", "grpo", "nash_md", "ppo ahead", "grpo ahead")}
 
 
 def process(name, folder, moment="", seconds=None):
@@ -224,9 +225,10 @@ def main(root):
         wanted = contents(root / name / "whole")
         assert f"checkpoints/step-{STEPS}/weights.safetensors" in wanted and "metrics.jsonl" in wanted
         moments = ["weights 2", "rename 2", "renamed 2", "removing", "line 3", "backward 6"]
-        if name in ("grpo", "nash_md"):  # checkpoints are written as ppo's are
+        if name in ("grpo", "nash_md", "grpo ahead"):  # checkpoints are written as ppo's are
             moments = ["backward 6"]
         moments += ["rollout 3", "rollout 40"] if run.rollout else []
+        moments += ["stored 3"] if name == "ppo ahead" else []  # the third file of a checkpoint: the batch drawn ahead
         cases = {moment: [(moment, None)] for moment in moments}
         cases["one after the other"] = [(moment, None) for moment in ("weights 3", "line 3", "rename 1")]
         clock = random.Random(name)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from palate.config import RunConfig
 from palate.defaults import default_learning_rate
 from palate.errors import ConfigError
+from palate.training.settings import check_ahead
 
 MOST_TOKENS = 1024  # of prompt and response where nobody says: longer rows cost memory that few laptops have
 
@@ -96,6 +97,7 @@ def require_all(config: RunConfig) -> None:
             f"environment: {config.method.name} samples nothing, so there is nobody to answer. Leave it out, or take a method "
             "that reads prompts."
         )
+    check_ahead(config.training, method, environment=config.environment is not None)
     if isinstance(config.model, dict) and config.tokenizer is None:
         raise ConfigError("a model from scratch has no tokenizer of its own. Give --tokenizer FOLDER.")
 

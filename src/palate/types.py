@@ -78,7 +78,8 @@ class Tokens:
         group: int64 [N], rows with equal numbers answer the same prompt; ascending.
         extras: further facts about rows, each a tensor or sequence of length N, carried along untouched. Known names:
             ``finished`` bool [N], the response ended with a stop token; ``sampler_logprobs`` float [N, T], what the
-            sampler said when it drew the token; ``changed`` bool [N, T], a token of what a correction changed;
+            sampler said when it drew the token; ``importance`` float [N, T], how often the token's gradient counts, where
+            an older policy drew it (``training.ahead``); ``changed`` bool [N, T], a token of what a correction changed;
             ``records``, the prompt's record of each row; ``drawn_by``, who drew each row, where it was not the policy
             alone (``training.rollouts``).
     """
@@ -284,7 +285,9 @@ class Method(Protocol):
     may move at once (``training.trust_region``); ``group_size``, responses to a prompt unless ``samples_per_prompt`` is
     set, and above 1 of a method that cannot do with one; ``refills``, how often a batch may be filled up with further
     prompts when ``prepare`` leaves groups out; ``drawn_by``, who draws the responses to each prompt, where that is not
-    the policy alone, and ``mixture``, the reference's share in a mixture (``training.rollouts``; docs/decisions/0002).
+    the policy alone, and ``mixture``, the reference's share in a mixture (``training.rollouts``; docs/decisions/0002); ``off_policy``,
+    what makes its loss right for responses that an older policy drew: "weights" = an importance weight on the gradient of
+    each response, "nothing" = it is right whoever drew them; without it ``training.rollouts_ahead`` is refused.
     """
 
     needs: tuple[str, ...]

@@ -88,6 +88,7 @@ class DAPO:
     needs = WITHOUT_REFERENCE
     trains = ("policy",)
     reads = "prompts"
+    off_policy = "weights"
     group_size = 16
 
     def __post_init__(self) -> None:

@@ -91,6 +91,7 @@ class DrGRPO:
     needs = WITHOUT_REFERENCE
     trains = ("policy",)
     reads = "prompts"
+    off_policy = "weights"
     group_size = 8
 
     def __post_init__(self) -> None:

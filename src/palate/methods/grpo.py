@@ -124,6 +124,7 @@ class GRPO:
     needs = ("policy", "reference", "reward")
     trains = ("policy",)
     reads = "prompts"
+    off_policy = "weights"
     group_size = 8
 
     def __post_init__(self) -> None:

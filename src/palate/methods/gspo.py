@@ -97,6 +97,7 @@ class GSPO:
     needs = WITHOUT_REFERENCE
     trains = ("policy",)
     reads = "prompts"
+    off_policy = "weights"
     group_size = 8
 
     def __post_init__(self) -> None:

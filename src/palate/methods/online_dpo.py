@@ -60,6 +60,11 @@ class OnlineDPO:
         check_choice("online_dpo", "labels", self.labels, LABELS)
         check_choice("online_dpo", "pairs", self.pairs, ("all", "extremes"))
 
+    @property
+    def off_policy(self) -> str:
+        """With soft labels the fixed point is the same whoever drew the pairs; hard ones have no correction."""
+        return "nothing" if self.labels == "soft" else ""
+
     def prepare(self, models: Models, batch: Tokens) -> Comparisons:
         """Scores, pairs with their labels, reference log-probs; rows that are in no pair end here."""
         first, second = pairs_within(batch.group)

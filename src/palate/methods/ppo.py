@@ -141,6 +141,7 @@ class PPO:
     needs = ("policy", "reference", "reward", "value")
     trains = ("policy", "value")
     reads = "prompts"
+    off_policy = "weights"
 
     def __post_init__(self) -> None:
         check_settings("ppo", self)

@@ -105,6 +105,7 @@ class PPOLagrangian:
     needs = ("policy", "reference", "reward", "value")
     trains = ("policy", "value")
     reads = "prompts"
+    off_policy = "weights"
 
     def __post_init__(self) -> None:
         self._ppo()  # what the two have in common is checked there

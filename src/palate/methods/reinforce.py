@@ -76,6 +76,7 @@ class Reinforce:
     needs = ("policy", "reference", "reward")
     trains = ("policy",)
     reads = "prompts"
+    off_policy = "weights"
 
     def __post_init__(self) -> None:
         check_settings("reinforce", self)

@@ -82,6 +82,7 @@ class ReinforcePP:
     needs = ("policy", "reference", "reward")
     trains = ("policy",)
     reads = "prompts"
+    off_policy = "weights"
 
     def __post_init__(self) -> None:
         check_settings("reinforce_pp", self)

@@ -74,6 +74,7 @@ class RLOO:
     needs = ("policy", "reference", "reward")
     trains = ("policy",)
     reads = "prompts"
+    off_policy = "weights"
     group_size = 4
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from palate.errors import ModelError
 from palate.functional.divergences import exact_kl
+from palate.functional.importance import gradient_times
 from palate.functional.logprobs import logprobs_and_entropy, logprobs_and_kl
 from palate.models import trunk
 from palate.models.heads import scalar_head
@@ -48,8 +49,15 @@ def token_logprobs(model: nn.Module, tokens: Tokens, *, temperature: float = 1.0
 
 
 def token_logprobs_and_entropy(model: nn.Module, tokens: Tokens, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """``token_logprobs`` and the entropy of the whole next-token distribution there; [N, T] each, nats."""
-    return _logprobs(model, tokens, temperature, with_entropy=True)
+    """``token_logprobs`` and the entropy of the whole next-token distribution there; [N, T] each, nats.
+
+    The gradient through a token counts ``extras["importance"]`` times, where the rows have it: an older policy drew them.
+    """
+    logprobs, entropy = _logprobs(model, tokens, temperature, with_entropy=True)
+    weights = tokens.extras.get("importance")
+    if isinstance(weights, Tensor):
+        return gradient_times(logprobs, weights), gradient_times(entropy, weights)
+    return logprobs, entropy
 
 
 def token_kl(model: nn.Module, other: nn.Module, tokens: Tokens, *, temperature: float = 1.0) -> Tensor:

@@ -110,8 +110,12 @@ class Role(NamedTuple):
     training: int  # bytes of gradients and AdamW's two moments
 
 
-def bill(models: Models, trains: tuple[str, ...]) -> list[Role]:
-    """What each role holds in memory. A role that shares another's weights costs nothing."""
+def bill(models: Models, trains: tuple[str, ...], *, ahead: int = 0) -> list[Role]:
+    """What each role holds in memory. A role that shares another's weights costs nothing.
+
+    Args:
+        ahead: ``training.rollouts_ahead``: 1 = a copy of what is trained of the policy draws in the background.
+    """
     lines = []
     for role in ("policy", "reference", "reward", "value"):
         model = getattr(models, role)
@@ -122,6 +126,9 @@ def bill(models: Models, trains: tuple[str, ...]) -> list[Role]:
         elif model is not None:
             name = f"{type(model).__name__} {getattr(model, 'name', '')}".strip()
             lines.append(_line(role, name, nn.ModuleList(_models_in(model)), False))
+    if ahead and models.policy is not None:
+        moving = nn.ParameterList(p for p in models.policy.parameters() if p.requires_grad)
+        lines.append(_line("sampler", "copy of the policy's trained weights", moving, False))
     return lines
 
 

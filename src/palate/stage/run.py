@@ -218,7 +218,7 @@ def _bill_table(config: RunConfig, models: Models) -> Table:
         table.add_column(name, overflow="fold")
     for name in ("parameters", "trained", "dtype", "weights", "gradients + AdamW"):
         table.add_column(name, justify="right")
-    for line in bill(models, config.method.settings.trains):
+    for line in bill(models, config.method.settings.trains, ahead=config.training.rollouts_ahead):
         cells = (
             line.role,
             line.what

@@ -1,8 +1,9 @@
 """Checkpoints: trained weights, optimizer state, and a few numbers; written beside, then renamed.
 
 ``checkpoints/step-N`` holds ``weights.safetensors``, ``optimizer.safetensors`` and ``state.json``, with a checksum of
-the other two. Data order and sampling are functions of (seed, step), so no random state is kept. A folder is complete
-or it is not there: a kill while writing leaves a ``.tmp-`` folder that the next start removes.
+the others; where batches are drawn ahead, ``rollout.safetensors`` has the one that was not trained on yet. Data order
+and sampling are functions of (seed, step), so no random state is kept. A folder is complete or it is not there: a kill
+while writing leaves a ``.tmp-`` folder that the next start removes.
 """
 
 from __future__ import annotations
@@ -26,12 +27,21 @@ from palate.models.save import with_usual_modes
 from palate.types import Method
 
 Parameters = Mapping[str, Mapping[str, nn.Parameter]]
+_ROLLOUT = "rollout.safetensors"
 
 
 def save_checkpoint(
-    folder: Path, step: int, parameters: Parameters, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    parameters: Parameters,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    rollout: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write ``folder/step-N`` and return it.
+
+    Args:
+        rollout: the batch that was drawn and not trained on, if there is one.
 
     Raises:
         RunError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -42,6 +52,8 @@ def save_checkpoint(
         temporary.mkdir(parents=True)
         save_file(_weights(parameters), temporary / "weights.safetensors")
         save_file(_optimizer_tensors(parameters, optimizer), temporary / "optimizer.safetensors")
+        if rollout is not None:
+            save_file(dict(rollout), temporary / _ROLLOUT)
         checksums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
         text = json.dumps({"step": step, **state, "checksums": checksums}, indent=1)
         (temporary / "state.json").write_text(text, encoding="utf-8")
@@ -64,7 +76,8 @@ def save_checkpoint(
 def load_newest(folder: Path, parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
     """Load the newest readable checkpoint in place; its state, or None when there is none.
 
-    A folder that cannot be read is passed over for the one before it, and said so in the state's ``"skipped"``.
+    A folder that cannot be read is passed over for the one before it, and said so in the state's ``"skipped"``. A batch
+    that was kept is in its ``"tensors"``.
     """
     for leftover in folder.glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -74,12 +87,13 @@ def load_newest(folder: Path, parameters: Parameters, optimizer: torch.optim.Opt
             state: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
             _check_whole(path, state)
             tensors = load_file(path / "optimizer.safetensors")
+            kept = load_file(path / _ROLLOUT) if _ROLLOUT in state["checksums"] else {}
             load_weights(path, parameters)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             skipped.append(f"{path}: {error}")
             continue
         _load_optimizer(parameters, optimizer, tensors)
-        return {**state, "skipped": skipped}
+        return {**state, "skipped": skipped, "tensors": kept}
     if skipped:
         found = "\n  ".join(skipped)
         raise RunError(

@@ -22,6 +22,7 @@ from palate.errors import ConfigError, DataError
 from palate.functional.trust_region import TrustRegion
 from palate.methods.sft import SFT
 from palate.training import checkpoint, guards, log
+from palate.training.ahead import Ahead, Stored, corrected
 from palate.training.optimizer import (
     clip_gradients,
     divide_gradients,
@@ -32,7 +33,7 @@ from palate.training.optimizer import (
 )
 from palate.training.order import batch_items, minibatch_rows
 from palate.training.rollouts import Rollout
-from palate.training.settings import TrainingSettings, steps_of
+from palate.training.settings import TrainingSettings, check_ahead, steps_of
 from palate.training.trust_region import trust_region_step
 from palate.types import Batch, Mean, Method, Models, Tokens, groups, joined, microbatches, moved
 
@@ -57,6 +58,7 @@ class Run:
         dtype: that the forward passes compute in, "float32" or "bfloat16".
         best: step and value of the best evaluation.
         stopped: why the run ended, once it has.
+        ahead: draws the next batch while one is trained on, where ``settings.rollouts_ahead`` asks for it.
     """
 
     folder: Path
@@ -74,6 +76,7 @@ class Run:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     best: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
+    ahead: Ahead | None = None
 
 
 def train(run: Run) -> Iterator[Metrics]:
@@ -88,8 +91,21 @@ def train(run: Run) -> Iterator[Metrics]:
     """
     if not run.items:
         raise DataError(f"{run.folder}: there is nothing to train on; the data gave no items.")
+    total = run.settings.total_steps(len(run.items))
+    check_ahead(run.settings, run.method, environment=hasattr(run.rollout, "environment"))
+    if run.settings.rollouts_ahead:
+        assert run.rollout is not None
+        run.ahead = Ahead(run.rollout, run.items, run.settings, total)
+    try:
+        yield from _train(run, total)
+    finally:
+        if run.ahead is not None:
+            run.ahead.close()
+
+
+def _train(run: Run, total: int) -> Iterator[Metrics]:
     run.folder.mkdir(parents=True, exist_ok=True)
-    settings, total = run.settings, run.settings.total_steps(len(run.items))
+    settings = run.settings
     evaluate_every, save_every = steps_of(settings.eval_every, total), steps_of(settings.save_every, total)
     parameters = trained_parameters(run.models, run.method)
     optimizer = make_optimizer(parameters, settings)
@@ -126,6 +142,8 @@ def _resume(run: Run, state: Mapping[str, Any] | None) -> int:
     run.method = checkpoint.restored_method(run.method, state["method"])
     run.best, run.stopped = state["best"], state["stopped"]
     log.cut_back(run.folder, state["sizes"])
+    if run.ahead is not None and "rollout" in state:
+        run.ahead.restore(Stored(state["tensors"], state["rollout"]), run.device)
     if not state["skipped"]:  # a kill between writing the last checkpoint and removing the one before it
         _remove_old(run)
     return int(state["step"])
@@ -138,8 +156,11 @@ def _save(run: Run, parameters: checkpoint.Parameters, optimizer: torch.optim.Op
         "stopped": run.stopped,
         "sizes": log.sizes(run.folder),
     }
+    stored = run.ahead.stored() if run.ahead is not None else None
+    if stored is not None:
+        state["rollout"] = stored.facts
     folder = run.folder / "checkpoints"
-    checkpoint.save_checkpoint(folder, step, parameters, optimizer, state)
+    checkpoint.save_checkpoint(folder, step, parameters, optimizer, state, stored.tensors if stored else None)
     _remove_old(run)
 
 
@@ -156,6 +177,8 @@ def _batch(
     torch.manual_seed(settings.seed * 1_000_003 + step)  # dropout, where there is any
     learning_rate = set_learning_rate(optimizer, schedule(step, total, settings))
     batch = _prepared(run, step, clock)
+    if run.ahead is not None:
+        batch = corrected(run.method, batch, settings)
     sums: dict[str, Mean] = dict(getattr(batch, "metrics", {}))
     if step == 0 and run.starts_at_reference:
         guards.check_same_reference({name: mean.item() for name, mean in sums.items()}, run.dtype)
@@ -209,7 +232,10 @@ def _prepared(run: Run, step: int, clock: _Clock) -> Batch:
         again = (attempt,) if attempt else ()
         # A refill takes the batch of the same number from another order of the items: nothing has to be remembered.
         items = batch_items(run.items, settings.batch_size, step, settings.seed + _REFILL * attempt)
-        sampled = _collect(run, items, settings.seed, step, *again)
+        if run.ahead is not None and not attempt:
+            sampled: Batch = run.ahead.take(step)
+        else:
+            sampled = _collect(run, items, settings.seed, step, *again)
         clock.lap("time/rollout" if run.rollout else "time/collate")
         with torch.no_grad():
             part = run.method.prepare(run.models, sampled)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from palate.errors import ConfigError
+
+if TYPE_CHECKING:
+    from palate.types import Method
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,12 @@ class TrainingSettings:
         best_metric: validation metric that names the best checkpoint; "" = "loss".
         best_is: "lowest" or "highest".
         samples_every: batches between entries in samples.jsonl for methods that sample; 0 = first and last only.
+        rollouts_ahead: 0 = a batch is drawn, then trained on. 1 = while a batch is trained on, the next one is drawn in the
+            background by the policy as it was before that batch's updates; importance weights correct for it
+            (docs/asynchronous.md). Pays where there is a spare core; costs a copy of the trained weights.
+        importance: "sequence", a weight for each response, exact until it is cut; "token", one for each token, for long
+            responses whose weights vary too much. Only with ``rollouts_ahead``.
+        importance_max: a larger weight is cut to this; >= 1, usually 2. Only with ``rollouts_ahead``.
         seed: of data order, dropout and sampling.
     """
 
@@ -57,6 +67,9 @@ class TrainingSettings:
     best_metric: str = ""
     best_is: str = "lowest"
     samples_every: int = 10
+    rollouts_ahead: int = 0
+    importance: str = "sequence"
+    importance_max: float = 2.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,6 +80,9 @@ class TrainingSettings:
             self.schedule in ("cosine", "linear", "constant"), "schedule", self.schedule, "cosine, linear, constant"
         )
         _require(self.best_is in ("lowest", "highest"), "best_is", self.best_is, "lowest or highest")
+        _require(self.rollouts_ahead in (0, 1), "rollouts_ahead", self.rollouts_ahead, "0 or 1")
+        _require(self.importance in ("sequence", "token"), "importance", self.importance, "sequence or token")
+        _require(self.importance_max >= 1, "importance_max", self.importance_max, "a number of at least 1")
         _require(
             0 <= self.final_learning_rate <= 1, "final_learning_rate", self.final_learning_rate, "a share in [0, 1]"
         )
@@ -95,6 +111,31 @@ class TrainingSettings:
             return self.max_steps
         batches = self.epochs * items / min(self.batch_size, max(1, items))
         return max(1, math.ceil(batches - 1e-9))  # up: no item of the last epoch is left out
+
+
+def check_ahead(settings: TrainingSettings, method: Method, *, environment: bool) -> None:
+    """Refuse to draw ahead where that would be wrong.
+
+    Raises:
+        ConfigError: the method samples nothing, or has no correction for responses of an older policy; or an environment
+            answers, and what it said cannot be kept in a checkpoint.
+    """
+    if not settings.rollouts_ahead:
+        return
+    name = type(method).__module__.rpartition(".")[-1]
+    found = f"training.rollouts_ahead: found {settings.rollouts_ahead}, expected 0 with {name}, which"
+    if method.reads != "prompts":
+        raise ConfigError(f"{found} reads {method.reads} and samples nothing. Leave it out.")
+    if not getattr(method, "off_policy", ""):
+        raise ConfigError(
+            f"{found} with these settings has no correction for responses of an older policy: it would learn something "
+            "else. Leave it out, or take a method that has one (docs/asynchronous.md lists them)."
+        )
+    if environment:
+        raise ConfigError(
+            "training.rollouts_ahead: found 1, expected 0 with an environment: conversations that are drawn ahead cannot be "
+            "kept in a checkpoint, so that a run could not be resumed exactly. Leave it out."
+        )
 
 
 def steps_of(value: float, total: int) -> int:
