@@ -13,6 +13,7 @@ KNOWN = {
     "llama": {"num_attention_heads": 4, "num_key_value_heads": 2},  # heads that share keys and values
     "qwen2": {},  # biases
     "mistral": {"sliding_window": None},
+    "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2},  # norms of single heads
 }
 
 
