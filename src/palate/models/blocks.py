@@ -54,7 +54,9 @@ def attention_half(layer: Any, x: Tensor, places: Places) -> Tensor:
         x, h = x[places.read], h[places.read]
     q = part.q_proj(h)
     if hasattr(part, "q_norm"):  # Qwen 3: of each head by itself
-        q, k = (rms_norm(each, y.unflatten(-1, (-1, part.head_dim))) for each, y in ((part.q_norm, q), (part.k_norm, k)))
+        q, k = (
+            rms_norm(each, y.unflatten(-1, (-1, part.head_dim))) for each, y in ((part.q_norm, q), (part.k_norm, k))
+        )
         q, k = q.flatten(-2), k.flatten(-2)
     return x + part.o_proj(_Attention.apply(q, k, v, places, part.head_dim))  # type: ignore[no-untyped-call]
 
@@ -92,7 +94,7 @@ class _FeedForwardHalf(torch.autograd.Function):
         ctx: Any, x: Tensor, norm: Tensor, epsilon: float, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor
     ) -> Tensor:
         scale = _inverse_size(x, epsilon)
-        h = (x * scale).mul_(norm)
+        h = _normed(x, norm, scale)
         gate, up = h @ gate_weight.T, h @ up_weight.T
         ctx.save_for_backward(x, norm, scale, gate_weight, up_weight, down_weight, gate, up)
         return torch.addmm(x, functional.silu(gate).mul_(up), down_weight.T)
@@ -107,7 +109,7 @@ class _FeedForwardHalf(torch.autograd.Function):
         product_grad = grad @ down_weight
         up_grad = opened.mul_(product_grad)
         gate_grad = torch.ops.aten.silu_backward(product_grad.mul_(up), gate)
-        h = (x * scale).mul_(norm)
+        h = _normed(x, norm, scale)
         gate_weight_grad = gate_grad.T @ h if wants_gate else None
         up_weight_grad = up_grad.T @ h if wants_up else None
         h_grad = torch.mm(up_grad, up_weight, out=h).addmm_(gate_grad, gate_weight)
@@ -133,14 +135,14 @@ class _AttentionHalf(torch.autograd.Function):
         size: int,
     ) -> Tensor:
         scale = _inverse_size(x, epsilon)
-        h = (x * scale).mul_(norm)
+        h = _normed(x, norm, scale)
         k, v = functional.linear(h, k_weight, k_bias), functional.linear(h, v_weight, v_bias)
         going_on = x if places.read is None else x[places.read]
         h = h if places.read is None else h[places.read]
         attended = _attended(functional.linear(h, q_weight, q_bias), k, v, places, size)
         ctx.save_for_backward(x, norm, scale, q_weight, k_weight, v_weight, o_weight, *attended)
         ctx.places = places
-        return torch.addmm(going_on, attended[3].view(len(going_on), -1), o_weight.T)
+        return torch.addmm(going_on, attended[3].view(len(going_on), -1).to(x.dtype), o_weight.T)
 
     @staticmethod
     @once_differentiable
@@ -149,9 +151,9 @@ class _AttentionHalf(torch.autograd.Function):
         read = ctx.places.read
         wants_q, wants_k, wants_v, wants_o = ctx.needs_input_grad[3:7]
         wants_q_bias, wants_k_bias, wants_v_bias = ctx.needs_input_grad[7:10]
-        o_grad = grad.T @ attended[3].view(len(grad), -1) if wants_o else None
+        o_grad = grad.T @ attended[3].view(len(grad), -1).to(x.dtype) if wants_o else None
         q_grad, k_grad, v_grad = _attention_gradients(grad @ o_weight, attended, ctx.places)
-        h = (x * scale).mul_(norm)
+        h = _normed(x, norm, scale)
         k_weight_grad, v_weight_grad = k_grad.T @ h if wants_k else None, v_grad.T @ h if wants_v else None
         q_weight_grad = q_grad.T @ (h if read is None else h[read]) if wants_q else None
         h_grad = torch.mm(k_grad, k_weight, out=h).addmm_(v_grad, v_weight)
@@ -182,39 +184,48 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         scale = _inverse_size(x, epsilon)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return _normed(x, weight, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        x_grad, weight_grad = _norm_gradients(*(y.reshape(-1, y.shape[-1]) for y in (grad, x)), weight, scale.view(-1, 1))
+        x_grad, weight_grad = _norm_gradients(
+            *(y.reshape(-1, y.shape[-1]) for y in (grad, x)), weight, scale.view(-1, 1)
+        )
         return x_grad.view(x.shape), weight_grad, None
 
 
 def _inverse_size(x: Tensor, epsilon: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps), [..., 1]."""
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+    """1 / sqrt(mean(x^2) + eps), [..., 1], in float32 at least."""
+    size = torch.linalg.vector_norm(wide(x), dim=-1, keepdim=True)
+    return size.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+
+
+def _normed(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    return (x * scale).mul_(weight).to(x.dtype)
 
 
 def _norm_gradients(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Of ``weight * x^`` with x^ = scale x, [n, H]: dx = scale * (w g - x^ mean(w g x^)), dw = sum(g x^)."""
+    low, grad, weight = x.dtype, wide(grad), wide(weight)
     normed = x * scale
     product = grad * normed
     weight_grad = product.sum(0)
     mean = torch.mv(product, weight).div_(x.shape[-1])
-    return torch.mul(grad, weight, out=product).addcmul_(normed, mean[:, None], value=-1).mul_(scale), weight_grad
+    x_grad = torch.mul(grad, weight, out=product).addcmul_(normed, mean[:, None], value=-1).mul_(scale)
+    return x_grad.to(low), weight_grad
 
 
 class _Attention(torch.autograd.Function):
-    """Rotary embedding and attention, call by call, of flat q [A, heads D], k, v [L, key-value heads D]."""
+    """Of flat q [A, heads D], k, v [L, key-value heads D]."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, places: Places, size: int) -> Tensor:
         attended = _attended(q, k, v, places, size)
         ctx.save_for_backward(*attended)
         ctx.places = places
-        return attended[3].view(len(q), -1)
+        return attended[3].view(len(q), -1).to(q.dtype)
 
     @staticmethod
     @once_differentiable
@@ -223,8 +234,11 @@ class _Attention(torch.autograd.Function):
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, places: Places, size: int) -> list[Tensor]:
-    """What the gradient needs: turned q, k and v by heads [n, heads, D], what attention gives, and its normalisers."""
-    q, k, v = (x.view(len(x), -1, size) for x in (q, k, v))
+    """Rotary embedding and attention, call by call: turned q, k and v by heads, [n, heads, D], what comes out, normalisers.
+
+    In float32 at least: the kernel's backward is slower in bf16, up to three times for short rows.
+    """
+    q, k, v = (x.view(len(x), -1, size) for x in (q, k, wide(v)))
     copies = q.shape[1] // k.shape[1]
     q, k = _turned(q, *places.q_turn), _turned(k, *places.k_turn)
     out = torch.empty_like(q)
@@ -245,11 +259,11 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, places: Places, size: int) -> lis
 
 
 def _attention_gradients(grad: Tensor, attended: Sequence[Tensor], places: Places) -> tuple[Tensor, Tensor, Tensor]:
-    """Of flat q, k and v, from that of what attention gives."""
+    """Of flat q, k and v, in the type of ``grad``, from that of what attention gives."""
     q, k, v, out, *normalisers = attended
     copies = q.shape[1] // k.shape[1]
     q_heads, k_heads, v_heads, out_heads = _by_heads(q), _by_heads(k, copies), _by_heads(v, copies), _by_heads(out)
-    grad_heads = _by_heads(grad.view(q.shape))
+    grad_heads = _by_heads(wide(grad).view(q.shape))
     q_grad = torch.empty_like(q)
     k_grad, v_grad = (q.new_zeros(len(k), q.shape[1], q.shape[2]) for _ in range(2))
     q_grad_heads, k_grad_heads, v_grad_heads = _by_heads(q_grad), _by_heads(k_grad), _by_heads(v_grad)
@@ -276,12 +290,13 @@ def _attention_gradients(grad: Tensor, attended: Sequence[Tensor], places: Place
         k_grad, v_grad = (x.unflatten(1, (-1, copies)).sum(2) for x in (k_grad, v_grad))
     (q_cos, q_sin), (k_cos, k_sin) = places.q_turn, places.k_turn
     q_grad, k_grad = _turned(q_grad, q_cos, -q_sin), _turned(k_grad, k_cos, -k_sin)
-    return q_grad.view(len(q), -1), k_grad.view(len(k), -1), v_grad.view(len(v), -1)
+    q_grad, k_grad, v_grad = (x.reshape(len(x), -1).to(grad.dtype) for x in (q_grad, k_grad, v_grad))
+    return q_grad, k_grad, v_grad
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of [n, heads, D] by halves; cos, sin: [n, 1, D/2]. With -sin: the inverse, and the gradient."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
     half = x.shape[-1] // 2
     a, b, out_a, out_b = x[..., :half], x[..., half:], out[..., :half], out[..., half:]
     torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
@@ -298,3 +313,8 @@ def _taken(x: Tensor, *slices: slice) -> Tensor:
     """Some tokens of [1, heads, n, D]."""
     parts = [x.narrow(2, s.start, s.stop - s.start) for s in slices]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

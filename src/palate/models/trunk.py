@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from palate.models.blocks import Call, Places, attention_half, feed_forward_half, rms_norm
+from palate.models.activations import Context, checkpointed
+from palate.models.blocks import Call, Places, attention_half, feed_forward_half, rms_norm, wide
 
 # pre-norm, RMS norm, rotary halves, gated feed-forward
 KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 QUERIES_AT_ONCE = 192  # responses of a group that share one masked attention call
+
 
 class Row(NamedTuple):
     """One row: its real tokens, and the first of those positions whose state is read."""
@@ -134,14 +136,23 @@ def _masked_calls(
     return calls
 
 
-def states(model: Any, plan: Layout) -> Tensor:
-    """The trunk's last hidden states, after the final norm, of the tokens in ``plan.read``: [A, H]."""
+def states(model: Any, plan: Layout, again: Context | None = None) -> Tensor:
+    """The trunk's last hidden states, after the final norm, of the tokens in ``plan.read``: [A, H].
+
+    Args:
+        again: given, only what enters a layer is kept for the backward pass, and the layer is run again in this context.
+    """
     base = model.base_model
     x = base.embed_tokens(plan.ids)
-    cos, sin = (half[0, :, None, : half.shape[-1] // 2] for half in base.rotary_emb(x[None], plan.position[None]))
+    turns = base.rotary_emb(wide(x[:0]), plan.position[None])
+    cos, sin = (half[0, :, None, : half.shape[-1] // 2] for half in turns)
     places = Places(None, (cos, sin), (cos, sin), plan.calls)
     last = Places(plan.read, (cos[plan.read], sin[plan.read]), (cos, sin), plan.last_calls)
     for number, layer in enumerate(base.layers):
-        x = attention_half(layer, x, last if number == len(base.layers) - 1 else places)
-        x = feed_forward_half(layer, x)
+        here = last if number == len(base.layers) - 1 else places
+        x = _layer(layer, x, here) if again is None else checkpointed(again)(_layer, layer, x, here)
     return rms_norm(base.norm, x)
+
+
+def _layer(layer: Any, x: Tensor, places: Places) -> Tensor:
+    return feed_forward_half(layer, attention_half(layer, x, places))
