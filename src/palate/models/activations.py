@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from palate.errors import ConfigError
 from palate.models.heads import base_of
@@ -40,7 +39,7 @@ def checkpoint_activations(model: nn.Module, on: bool = True) -> None:
 
 def checkpoints_activations(model: Any) -> bool:
     """Is the model, as unwrapped by the forward room, to be run so here and now?"""
-    return torch.is_grad_enabled() and getattr(model, "activation_checkpointing", False)
+    return torch.is_grad_enabled() and bool(getattr(model, "activation_checkpointing", False))
 
 
 def checkpointed(again: Context) -> Callable[..., Any]:
@@ -67,4 +66,6 @@ def checkpointing_layers(model: Any, again: Context) -> Iterator[None]:
 
 
 def _layers(model: nn.Module) -> list[Any]:
+    from transformers.modeling_layers import GradientCheckpointingLayer  # slow to import, and seldom needed
+
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
