@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from palate.models import forward, trunk
+from palate.models import blocks, forward, trunk
 from palate.models.forward import response_scores, token_logprobs, token_values
 from palate.types import Tokens
 from test_forward import scalar_of
@@ -13,6 +13,7 @@ KNOWN = {
     "llama": {"num_attention_heads": 4, "num_key_value_heads": 2},  # heads that share keys and values
     "qwen2": {},  # biases
     "mistral": {"sliding_window": None},
+    "qwen3": {"num_attention_heads": 4, "num_key_value_heads": 2},  # norms of single heads
 }
 
 
@@ -58,7 +59,44 @@ def test_flat_rows_give_the_padded_numbers_and_gradients(architecture, read, mon
     padded_gradients = gradients(model, padded)
     assert relative(flat, padded) < 1e-5
     assert flat_gradients.keys() == padded_gradients.keys()
-    assert all(relative(flat_gradients[name], padded_gradients[name]) < 1e-4 for name in padded_gradients)
+    assert all(relative(flat_gradients[name], padded_gradients[name]) < 1e-5 for name in padded_gradients)
+
+
+@pytest.mark.parametrize("architecture", KNOWN)
+def test_halves_by_hand_give_the_numbers_of_their_modules(architecture, monkeypatch):
+    """With shared heads, biases and norms of heads, and the last layer's states of some tokens only."""
+    model, tokens = tiny(architecture, **KNOWN[architecture]), batch()
+    by_hand = token_logprobs(model, tokens)
+    wanted = gradients(model, by_hand)
+    monkeypatch.setattr(blocks, "_are_plain", lambda *args: False)
+    by_modules = token_logprobs(model, tokens)
+    found = gradients(model, by_modules)
+    assert relative(by_hand, by_modules) < 1e-6
+    assert wanted.keys() == found.keys()
+    assert all(relative(wanted[name], found[name]) < 1e-5 for name in found)
+
+
+def test_a_layer_that_somebody_listens_to_is_called():
+    """A hook on a projection hears it, though it is plain otherwise."""
+    model, heard = tiny("llama"), []
+    layer = model.base_model.layers[0]
+    for module in (layer.self_attn.v_proj, layer.mlp.up_proj):
+        module.register_forward_hook(lambda module, args, out: heard.append(module))
+    assert forward._has_flat_trunk(model)
+    heard.clear()
+    token_logprobs(model, batch())
+    assert layer.self_attn.v_proj in heard and layer.mlp.up_proj in heard
+
+
+def test_frozen_projections_get_no_gradient_and_pass_it_on():
+    model, tokens = tiny("llama"), batch()
+    wanted = gradients(model, token_logprobs(model, tokens))
+    for name, p in model.named_parameters():
+        p.requires_grad_("up_proj" in name or "layers.0.self_attn.k_proj" in name)
+        p.grad = None
+    found = gradients(model, token_logprobs(model, tokens))
+    assert len(found) == 3
+    assert all(torch.allclose(found[name], wanted[name], rtol=1e-5, atol=1e-7) for name in found)
 
 
 def test_a_shared_prompt_stands_once_and_unread_tokens_not_at_all():

@@ -20,6 +20,7 @@ SMALL = {
     "qwen2": {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1},
     "mistral": {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1},
     "gemma2": {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+    "qwen3": {"intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
     "gpt2": {"n_head": 2, "n_positions": 64},
 }
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ from palate.functional.divergences import exact_kl
 from palate.functional.importance import gradient_times
 from palate.functional.logprobs import logprobs_and_entropy, logprobs_and_kl
 from palate.models import trunk
+from palate.models.activations import Context, checkpointing_layers, checkpoints_activations
 from palate.models.heads import scalar_head
 from palate.models.samples import check_scores
 from palate.types import Reward, Scored, Tokens, groups
@@ -220,10 +221,10 @@ def _scatter_states(tokens: Tokens, reads: list[_Read]) -> Tensor:
     return states[torch.argsort(row * tokens.ids.shape[1] + column)]
 
 
-def _padded(model: Any, adapter: _Context, tokens: Tokens, at_last: bool) -> Iterator[_Read]:
+def _padded(model: Any, adapter: Context, tokens: Tokens, at_last: bool) -> Iterator[_Read]:
     """Through the model's own forward, bucket by bucket."""
     for bucket in _buckets(tokens):
-        with adapter(), _autocast(model, bucket.ids.device):
+        with adapter(), _autocast(model, bucket.ids.device), checkpointing_layers(model, adapter):
             hidden = model.base_model(input_ids=bucket.ids, use_cache=False).last_hidden_state
         row, position = bucket.row, bucket.position
         chosen = torch.ones_like(row, dtype=torch.bool)
@@ -238,7 +239,7 @@ def _padded(model: Any, adapter: _Context, tokens: Tokens, at_last: bool) -> Ite
         )
 
 
-def _flat(model: Any, adapter: _Context, tokens: Tokens, at_last: bool) -> Iterator[_Read]:
+def _flat(model: Any, adapter: Context, tokens: Tokens, at_last: bool) -> Iterator[_Read]:
     """Through ``trunk``, some groups at a time."""
     if not tokens.response_mask.any():  # nothing is read; a loss over nothing still has a gradient, zero
         weight, nothing = model.get_input_embeddings().weight, tokens.ids.new_zeros(0)
@@ -269,7 +270,8 @@ def _flat(model: Any, adapter: _Context, tokens: Tokens, at_last: bool) -> Itera
                 targets.append(ids[positions])
         if numbers:
             with adapter(), _autocast(model, tokens.ids.device):
-                states = trunk.states(model, trunk.layout([group for group in plan if group]))
+                again = adapter if checkpoints_activations(model) else None
+                states = trunk.states(model, trunk.layout([group for group in plan if group]), again)
             index = torch.cat(wanted)
             states = states if len(index) == len(states) else states[index]
             yield _Read(states, torch.cat(numbers), torch.cat(columns), torch.cat(targets))
@@ -292,10 +294,7 @@ def _some_groups(tokens: Tokens) -> Iterator[list[list[int]]]:
         yield part
 
 
-_Context = Callable[[], contextlib.AbstractContextManager[Any]]
-
-
-def _unwrap(model: nn.Module) -> tuple[Any, _Context]:
+def _unwrap(model: nn.Module) -> tuple[Any, Context]:
     """The Hugging Face model inside an adapter or ``AdapterOff``, and the context to run it in."""
     context = getattr(model, "context", contextlib.nullcontext)
     model = getattr(model, "policy", model) if context is not contextlib.nullcontext else model
@@ -401,11 +400,11 @@ def _agrees(model: Any, head: _Head) -> bool:
 
 
 def _whole_model(
-    model: Any, adapter: _Context, tokens: Tokens, temperature: float
+    model: Any, adapter: Context, tokens: Tokens, temperature: float
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The slow way, right for any model: all logits of a bucket, then the response tokens' rows."""
     for bucket in _buckets(tokens):
-        with adapter(), _autocast(model, bucket.ids.device):
+        with adapter(), _autocast(model, bucket.ids.device), checkpointing_layers(model, adapter):
             logits = model(input_ids=bucket.ids, use_cache=False).logits
         logp = (_wide(logits[bucket.row, bucket.position - 1]) / temperature).log_softmax(-1)
         entropy = -(logp.exp() * torch.where(logp > -torch.inf, logp, 0)).sum(-1)

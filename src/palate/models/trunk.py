@@ -18,13 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model")  # pre-norm, RMS norm, rotary halves, gated feed-forward
+from palate.models.activations import Context, checkpointed
+from palate.models.blocks import Call, Places, attention_half, feed_forward_half, rms_norm, wide
+
+# pre-norm, RMS norm, rotary halves, gated feed-forward
+KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 QUERIES_AT_ONCE = 192  # responses of a group that share one masked attention call
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 class Row(NamedTuple):
@@ -34,22 +34,14 @@ class Row(NamedTuple):
     first: int
 
 
-class _Call(NamedTuple):
-    """One attention: queries [start, stop) over keys in the given slices; causal, or by a mask [1, 1, queries, keys]."""
-
-    queries: slice
-    keys: tuple[slice, ...]
-    mask: Tensor | None
-
-
 class Layout(NamedTuple):
     """Where everything stands in the flat arrays."""
 
     ids: Tensor  # int64 [L]
     position: Tensor  # int64 [L], within its row
     read: Tensor  # int64 [A], tokens whose last state is computed: of each row from ``first`` on, row by row
-    calls: list[_Call]  # attention of all layers but the last
-    last_calls: list[_Call]  # of the last: queries count in ``read``
+    calls: list[Call]  # attention of all layers but the last
+    last_calls: list[Call]  # of the last: queries count in ``read``
 
 
 def supported(model: Any) -> bool:
@@ -71,8 +63,8 @@ def layout(groups: Sequence[Sequence[Row]]) -> Layout:
     ids: list[int] = []
     position: list[int] = []
     read: list[int] = []
-    calls: list[_Call] = []
-    last_calls: list[_Call] = []
+    calls: list[Call] = []
+    last_calls: list[Call] = []
     for rows in groups:
         start, first_read = len(ids), len(read)
         shared = _shared(rows)
@@ -86,11 +78,11 @@ def layout(groups: Sequence[Sequence[Row]]) -> Layout:
             owner += [number] * (len(row.ids) - shared)
         mine = slice(start, len(ids))
         if len(rows) == 1:
-            calls.append(_Call(mine, (mine,), None))
+            calls.append(Call(mine, (mine,), None))
         else:
             if shared:
                 prefix = slice(start, start + shared)
-                calls.append(_Call(prefix, (prefix,), None))
+                calls.append(Call(prefix, (prefix,), None))
             queries = list(range(start + shared, len(ids)))
             calls += _masked_calls(queries, start + shared, start, shared, owner, position)
         last_calls += _masked_calls(read[first_read:], first_read, start, shared, owner, position)
@@ -108,7 +100,7 @@ def _shared(rows: Sequence[Row]) -> int:
 
 def _masked_calls(
     queries: list[int], first: int, start: int, shared: int, owner: list[int], position: list[int]
-) -> list[_Call]:
+) -> list[Call]:
     """Attention of some tokens of a group, a few rows at a time, over the prefix and those rows.
 
     Args:
@@ -139,137 +131,28 @@ def _masked_calls(
         query_who, query_where = torch.tensor(owner)[query - start, None], torch.tensor(position)[query, None]
         seen = ((who == query_who) | (who == -1)) & (where <= query_where)
         mask = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))[None, None]
-        calls.append(_Call(slice(first + begin, first + end), keys, mask))
+        calls.append(Call(slice(first + begin, first + end), keys, mask))
         begin = end
     return calls
 
 
-def states(model: Any, plan: Layout) -> Tensor:
-    """The trunk's last hidden states, after the final norm, of the tokens in ``plan.read``: [A, H]."""
+def states(model: Any, plan: Layout, again: Context | None = None) -> Tensor:
+    """The trunk's last hidden states, after the final norm, of the tokens in ``plan.read``: [A, H].
+
+    Args:
+        again: given, only what enters a layer is kept for the backward pass, and the layer is run again in this context.
+    """
     base = model.base_model
     x = base.embed_tokens(plan.ids)
-    cos, sin = (half[0, :, None, : half.shape[-1] // 2] for half in base.rotary_emb(x[None], plan.position[None]))
+    turns = base.rotary_emb(wide(x[:0]), plan.position[None])
+    cos, sin = (half[0, :, None, : half.shape[-1] // 2] for half in turns)
+    places = Places(None, (cos, sin), (cos, sin), plan.calls)
+    last = Places(plan.read, (cos[plan.read], sin[plan.read]), (cos, sin), plan.last_calls)
     for number, layer in enumerate(base.layers):
-        attention = layer.self_attn
-        h = _norm(layer.input_layernorm, x)
-        k, v = attention.k_proj(h), attention.v_proj(h)
-        q_turn, calls = (cos, sin), plan.calls
-        if number == len(base.layers) - 1:
-            x, h, q_turn, calls = x[plan.read], h[plan.read], (cos[plan.read], sin[plan.read]), plan.last_calls
-        q = attention.q_proj(h)
-        x = x + attention.o_proj(_Attention.apply(q, k, v, q_turn, (cos, sin), calls, attention.head_dim))
-        x = x + layer.mlp(_norm(layer.post_attention_layernorm, x))
-    return _norm(base.norm, x)
+        here = last if number == len(base.layers) - 1 else places
+        x = _layer(layer, x, here) if again is None else checkpointed(again)(_layer, layer, x, here)
+    return rms_norm(base.norm, x)
 
 
-def _norm(module: Any, x: Tensor) -> Tensor:
-    return _RMSNorm.apply(x, module.weight, module.variance_epsilon)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """weight * x / sqrt(mean(x^2) + eps), [L, H], in a few passes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
-        ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        """dx = scale * (w g - x^ mean(w g x^)),  x^ = x * scale."""
-        x, weight, scale = ctx.saved_tensors
-        normed = x * scale
-        product = grad * normed
-        weight_grad = product.sum(0)
-        mean = torch.mv(product, weight).div_(x.shape[-1])
-        return (grad * weight).addcmul_(normed, mean[:, None], value=-1).mul_(scale), weight_grad, None
-
-
-class _Attention(torch.autograd.Function):
-    """Rotary embedding and attention, call by call, of flat q [A, heads D], k, v [L, key-value heads D]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        q_turn: tuple[Tensor, Tensor],
-        k_turn: tuple[Tensor, Tensor],
-        calls: list[_Call],
-        size: int,
-    ) -> Tensor:
-        q, k, v = (x.view(len(x), -1, size) for x in (q, k, v))
-        copies = q.shape[1] // k.shape[1]
-        q, k = _turned(q, *q_turn), _turned(k, *k_turn)
-        k, v = (x.repeat_interleave(copies, 1) if copies > 1 else x for x in (k, v))
-        out = torch.empty_like(q)
-        normalisers = []
-        for call in calls:
-            part, normaliser = _flash(
-                _heads_first(q[call.queries]),
-                _heads_first(_taken(k, call.keys)),
-                _heads_first(_taken(v, call.keys)),
-                0.0,
-                call.mask is None,
-                attn_mask=call.mask,
-            )
-            out[call.queries] = part[0].transpose(0, 1)
-            normalisers.append(normaliser)
-        ctx.save_for_backward(q, k, v, out, *normalisers)
-        ctx.rest = (q_turn, k_turn, calls, copies)
-        return out.view(len(out), -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, *normalisers = ctx.saved_tensors
-        q_turn, k_turn, calls, copies = ctx.rest
-        grad = grad.view(q.shape)
-        q_grad, k_grad, v_grad = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for call, normaliser in zip(calls, normalisers, strict=True):
-            parts = _flash_backward(
-                _heads_first(grad[call.queries]),
-                _heads_first(q[call.queries]),
-                _heads_first(_taken(k, call.keys)),
-                _heads_first(_taken(v, call.keys)),
-                _heads_first(out[call.queries]),
-                normaliser,
-                0.0,
-                call.mask is None,
-                attn_mask=call.mask,
-            )
-            dq, dk, dv = (part[0].transpose(0, 1) for part in parts)
-            q_grad[call.queries] = dq
-            begin = 0
-            for keys in call.keys:
-                end = begin + keys.stop - keys.start
-                k_grad[keys] += dk[begin:end]
-                v_grad[keys] += dv[begin:end]
-                begin = end
-        if copies > 1:
-            k_grad, v_grad = (x.unflatten(1, (-1, copies)).sum(2) for x in (k_grad, v_grad))
-        (q_cos, q_sin), (k_cos, k_sin) = q_turn, k_turn
-        q_grad, k_grad = _turned(q_grad, q_cos, -q_sin), _turned(k_grad, k_cos, -k_sin)
-        return *(x.reshape(len(x), -1) for x in (q_grad, k_grad, v_grad)), None, None, None, None
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [n, heads, D] by halves; cos, sin: [n, 1, D/2]. With -sin: the inverse, and the gradient."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    half = x.shape[-1] // 2
-    a, b, out_a, out_b = x[..., :half], x[..., half:], out[..., :half], out[..., half:]
-    torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)
-    torch.mul(b, cos, out=out_b).addcmul_(a, sin)
-    return out
-
-
-def _taken(x: Tensor, slices: tuple[slice, ...]) -> Tensor:
-    return x[slices[0]] if len(slices) == 1 else torch.cat([x[s] for s in slices])
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    """[n, heads, D] -> [1, heads, n, D], a view."""
-    return x.transpose(0, 1)[None]
+def _layer(layer: Any, x: Tensor, places: Places) -> Tensor:
+    return feed_forward_half(layer, attention_half(layer, x, places))

@@ -21,6 +21,7 @@ from palate.data.collate import Item
 from palate.errors import ConfigError, DataError
 from palate.functional.trust_region import TrustRegion
 from palate.methods.sft import SFT
+from palate.models.activations import checkpoint_activations
 from palate.training import checkpoint, guards, log
 from palate.training.ahead import Ahead, Stored, corrected
 from palate.training.optimizer import (
@@ -107,6 +108,8 @@ def _train(run: Run, total: int) -> Iterator[Metrics]:
     run.folder.mkdir(parents=True, exist_ok=True)
     settings = run.settings
     evaluate_every, save_every = steps_of(settings.eval_every, total), steps_of(settings.save_every, total)
+    for role in run.method.trains:
+        checkpoint_activations(getattr(run.models, role), settings.activation_checkpointing)
     parameters = trained_parameters(run.models, run.method)
     optimizer = make_optimizer(parameters, settings)
     state = checkpoint.load_newest(run.folder / "checkpoints", parameters, optimizer)
