@@ -17,6 +17,7 @@ from palate.errors import ConfigError, ModelError
 from palate.methods.ppo import PPO
 from palate.models import memo, trunk
 from palate.models.forward import response_scores, token_logprobs, token_logprobs_and_entropy, token_values
+from palate.models.heads import base_of
 from palate.models.load import load_policy, load_scalar, save_model
 from palate.models.roles import AdapterOff, reference_of
 from palate.models.sharing import stands_on, value_head_on
@@ -127,8 +128,9 @@ def test_a_rung_computes_what_separate_models_with_its_weights_compute(world, sh
                 inside = name.removeprefix("base_model.model.")
                 gradient = gradient + dict(apart.value.named_parameters())[inside].grad
                 assert not close(p.grad, other[name].grad) or not gradient.any()  # the value's part is there
-            tolerance = {"bfloat16": 1e3}.get(dtype, 1) if sharing == "value_head" else 1  # sums of bf16 gradients
-            assert close(p.grad, gradient, tolerance * gradient.abs().max() + 1e-9), name
+            # bf16 rounds each product of a pass back (2^-9), and one pass of a sum is not the sum of two passes.
+            rounds = sharing == "value_head" and dtype != "float32"
+            assert close(p.grad, gradient, gradient.abs().max() * (2**-5 / 1e-5 if rounds else 1) + 1e-9), name
         else:
             assert p.grad is None
     for name, p in trained_parameters(models, METHOD)["value"].items():
@@ -146,6 +148,8 @@ def test_a_rung_computes_what_transformers_and_peft_compute(world, sharing):
     plain = AutoModelForCausalLM.from_pretrained(world / "base")
     reward = AutoModelForSequenceClassification.from_pretrained(world / "base", num_labels=1)
     reward = peft.PeftModel.from_pretrained(reward, world / "reward")
+    for model in (reward, models.value):  # a random row may end with what is the pad token elsewhere
+        base_of(model).config.pad_token_id = None
     for row in range(0, len(batch), 3):
         ids = batch.ids[row][batch.attention_mask[row]][None]
         assert torch.allclose(reward(ids).logits[0, 0], scores[row], rtol=1e-4, atol=1e-5)

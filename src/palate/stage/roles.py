@@ -232,7 +232,7 @@ def _line(role: str, model: Any, trains: bool, held: set[int]) -> Role:
     weights = {p.untyped_storage().data_ptr(): p for p in nn.ModuleList(_models_in(model)).parameters()}
     parameters = [p for place, p in weights.items() if place not in held]
     shares = len(parameters) < len(weights)
-    held |= weights.keys()
+    held.update(weights)
     learning = [p for p in parameters if trains and p.requires_grad]
     sizes: dict[str, int] = {}
     for p in parameters:
