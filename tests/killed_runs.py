@@ -28,13 +28,15 @@ from palate.methods.nash_md import NashMD
 from palate.methods.ppo import PPO
 from palate.methods.reward import RewardModel
 from palate.methods.sft import SFT
-from palate.models.roles import frozen_copy
+from palate.models.adapters import add_lora
+from palate.models.roles import AdapterOff, frozen_copy
+from palate.models.sharing import stand_on, value_head_on
 from palate.training import checkpoint, log
 from palate.training.loop import Run, train
 from palate.training.rollouts import Rollout
 from palate.training.settings import TrainingSettings
 from palate.types import Models
-from tiny import tiny, tokenizer_of
+from tiny import LORA, tiny, tokenizer_of
 
 torch.set_num_threads(1)  # before the first product: a process with worker threads cannot be forked
 LETTERS = "abcdefghijklmnop"
@@ -56,17 +58,22 @@ def records(kind, count=10):
 
 def build(name):
     chat = Chat(tokenizer_of())
+    ppo = PPO(epochs=2, minibatches=2, adaptive_kl_target=0.5, adaptive_kl_horizon=50.0, normalise_scores=True)
     method = {
         "sft": SFT(),
         "reward": RewardModel(centring=0.01),
-        "ppo": PPO(epochs=2, minibatches=2, adaptive_kl_target=0.5, adaptive_kl_horizon=50.0, normalise_scores=True),
+        "ppo": ppo,
+        "ppo_trunk": ppo,
+        "ppo_value_head": ppo,
         "grpo": GRPO(epochs=2, minibatches=2),
         "nash_md": NashMD(mixture=0.5),
     }[name.removesuffix(" ahead")]
     items, _ = encode_records(records(method.reads), method.reads, chat, max_length=24)
     policy, reward = tiny("llama"), scalar_of(tiny("llama"), seed=1)
     models = Models(reward=reward) if name == "reward" else Models(policy=policy)
-    if method.reads == "prompts":
+    if name in ("ppo_trunk", "ppo_value_head"):
+        models = on_one_trunk(policy, reward, name)
+    elif method.reads == "prompts":
         models = Models(policy, frozen_copy(policy), frozen_copy(reward), reward if name.startswith("ppo") else None)
     best = {"sft": "loss", "reward": "reward/accuracy"}.get(name, "score")
     return Run(
@@ -93,6 +100,16 @@ def build(name):
         rollout=rollout_of(method, models, chat) if method.reads == "prompts" else None,
         starts_at_reference=method.reads == "prompts",
     )
+
+
+def on_one_trunk(policy, reward, name):
+    """Adapters and heads on the policy's trunk; the value its own adapter, or a head on the policy."""
+    policy = add_lora(policy, LORA, seed=0, scalar=False)
+    scored, valued = (add_lora(scalar_of(tiny("llama"), seed=n), LORA, seed=n, scalar=True) for n in (1, 2))
+    for model in (scored, valued):
+        stand_on(model, policy, "scalar")
+    value = value_head_on(policy, seed=1) if name == "ppo_value_head" else valued
+    return Models(policy, AdapterOff(policy), scored.requires_grad_(False), value)
 
 
 def rollout_of(method, models, chat):
@@ -174,7 +191,8 @@ def arm(moment):
         torch.Tensor.backward = at_call(torch.Tensor.backward, number, die)
 
 
-RUNS = {name: build(name) for name in ("sft", "reward", "ppo", "grpo", "nash_md", "ppo ahead", "grpo ahead")}
+NAMES = ("sft", "reward", "ppo", "ppo_trunk", "ppo_value_head", "grpo", "nash_md", "ppo ahead", "grpo ahead")
+RUNS = {name: build(name) for name in NAMES}
 
 
 def process(name, folder, moment="", seconds=None):
@@ -225,7 +243,7 @@ def main(root):
         wanted = contents(root / name / "whole")
         assert f"checkpoints/step-{STEPS}/weights.safetensors" in wanted and "metrics.jsonl" in wanted
         moments = ["weights 2", "rename 2", "renamed 2", "removing", "line 3", "backward 6"]
-        if name in ("grpo", "nash_md", "grpo ahead"):  # checkpoints are written as ppo's are
+        if name not in ("sft", "reward", "ppo", "ppo ahead"):  # checkpoints are written as ppo's are
             moments = ["backward 6"]
         moments += ["rollout 3", "rollout 40"] if run.rollout else []
         moments += ["stored 3"] if name == "ppo ahead" else []  # the third file of a checkpoint: the batch drawn ahead

@@ -127,6 +127,12 @@ class RunConfig(BaseModel):
         None, description="what the value model starts from; null = the reward model's folder, else the model"
     )
     lora: LoraSettings | None = Field(None, description="train an adapter instead of all weights; true = its defaults")
+    sharing: Literal["separate", "reference", "trunk", "value_head"] = Field(
+        "reference",
+        description="which roles use the same weights: separate = none; reference = the reference is the policy without its "
+        "adapter; trunk = reference, reward and value are adapters and heads on the policy's frozen trunk; value_head = the "
+        "same, with the value as a head on the policy itself",
+    )
     dtype: Literal["float32", "bfloat16", "mixed"] = Field(
         "float32", description="of weights and products; mixed = float32 weights, bfloat16 products; heads are float32"
     )

@@ -19,7 +19,7 @@ Adaptive coefficient:  e = clip(KL/target - 1, -0.2, 0.2),  kl_coef *= 1 + e * e
 2.2 has K_beta = 0.1 in place of episodes/horizon, which is its released code's).
 
 Roles: policy (trained), reference (frozen), reward (frozen), value (trained). Data: prompts.
-Left out: sharing one trunk between policy and value (two models, as InstructGPT has it).
+Policy and value are two models, as InstructGPT has it; on one trunk they are where docs/roles.md says so.
 """
 
 from __future__ import annotations

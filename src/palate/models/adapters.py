@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from palate.errors import ConfigError, ModelError
-from palate.models.heads import HEAD_NAMES
+from palate.models.heads import HEAD_NAMES, base_of
 from palate.models.quiet import first_line
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -201,29 +201,41 @@ def _second_factors(layer: Any) -> list[Tensor]:
     return [module.weight for module in layer.lora_B.values()] + list(layer.lora_embedding_B.values())
 
 
+def stands_on_adapted(model: nn.Module) -> bool:
+    """Is it a plain model whose trunk is in somebody's adapter: a value head on the policy?"""
+    return not is_adapted(model) and any(hasattr(module, "base_layer") for module in model.modules())
+
+
 @torch.no_grad()
 def merged_weights(model: nn.Module) -> dict[str, Tensor]:
     """Base plus adapter under the plain model's names, for saving; the model itself stays as it is.
 
+    Args:
+        model: a peft model, or a plain one of which ``stands_on_adapted``.
     Raises:
         ModelError: the adapter is not a LoRA.
     """
-    inner = model.get_base_model()  # type: ignore[operator]
-    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in model.peft_config.values()}  # type: ignore[operator,union-attr]
-    if kinds != {"LORA"} or any(
-        getattr(layer, "use_dora", None) and any(layer.use_dora.values()) for layer in _lora_layers(inner).values()
-    ):
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    inner, loras = base_of(model), _lora_layers(base_of(model))
+    layers = {name: module for name, module in inner.named_modules() if isinstance(module, BaseTunerLayer)}
+    configs = model.peft_config.values() if is_adapted(model) else ()  # type: ignore[operator,union-attr]
+    kinds = {str(getattr(c.peft_type, "value", c.peft_type)) for c in configs} - {"LORA"}
+    kinds |= {type(layer).__name__ for name, layer in layers.items() if name not in loras}
+    kinds |= {"DoRA" for layer in loras.values() if any((getattr(layer, "use_dora", None) or {}).values())}
+    if kinds:
         raise ModelError(
             f"only plain LoRA adapters can be merged while saving; this one is {', '.join(sorted(kinds))}."
         )
+    active = dict.fromkeys(adapter for layer in layers.values() for adapter in layer.active_adapters)
     weights: dict[str, Tensor] = {}
     for name, tensor in inner.state_dict().items():
         if ".lora_" in name or ".original_module." in name:
             continue
-        for adapter in model.active_adapters:  # type: ignore[union-attr]
+        for adapter in active:
             name = name.replace(f".modules_to_save.{adapter}", "")
         weights[name.replace(".base_layer", "")] = tensor
-    for name, layer in _lora_layers(inner).items():
+    for name, layer in loras.items():
         key = f"{name}.weight"
         delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
         weights[key] = (weights[key] + delta.to(weights[key].dtype)).cpu()

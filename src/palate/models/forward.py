@@ -28,6 +28,7 @@ from palate.functional.logprobs import logprobs_and_entropy, logprobs_and_kl
 from palate.models import trunk
 from palate.models.activations import Context, checkpointing_layers, checkpoints_activations
 from palate.models.heads import scalar_head
+from palate.models.memo import read_once
 from palate.models.samples import check_scores
 from palate.types import Reward, Scored, Tokens, groups
 
@@ -186,7 +187,10 @@ def _run(model: nn.Module, tokens: Tokens, *, at_last: bool = False) -> Iterator
     """The state before every response token, or (``at_last``) the one at each row's last, some rows at a time."""
     inner, adapter = _unwrap(model)
     way = _flat if _has_flat_trunk(inner) else _padded
-    yield from way(inner, adapter, tokens, at_last)
+    if at_last or adapter is not contextlib.nullcontext:
+        yield from way(inner, adapter, tokens, at_last)
+    else:
+        yield from read_once(inner, tokens, lambda: way(inner, adapter, tokens, at_last))
 
 
 _flat_trunk: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()

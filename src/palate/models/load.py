@@ -31,6 +31,7 @@ from palate.models.heads import HEAD_NAMES, base_of, new_score_head, normalisati
 from palate.models.quiet import did_you_mean, first_line, quiet
 from palate.models.save import save_model
 from palate.models.scratch import new_policy
+from palate.models.sharing import stand_on
 
 __all__ = [
     "LoraSettings",
@@ -94,6 +95,7 @@ def load_policy(
     seed: int = 0,
     keep_dropout: bool = False,
     tokenizer: Any = None,
+    trunk: nn.Module | None = None,
 ) -> nn.Module:
     """A causal language model as policy or reference.
 
@@ -111,8 +113,10 @@ def load_policy(
         seed: of the new adapter.
         keep_dropout: dropouts as the model's config has them. Otherwise all are 0, as preference learning and PPO need.
         tokenizer: to check the vocabulary against; None = the folder's own.
+        trunk: an adapted model of the same base, whose frozen weights this one is to use instead of its own copies.
     Raises:
-        ModelError: not a causal language model, no tokenizer, weights missing, NaN or Inf, vocabulary too small.
+        ModelError: not a causal language model, no tokenizer, weights missing, NaN or Inf, vocabulary too small; another
+            base than the trunk's.
         ConfigError: a dtype, device or LoRA setting that does not exist.
     """
     place = _place(where)
@@ -130,9 +134,7 @@ def load_policy(
     if adapter:
         model = adapters.attach_adapter(model, place, trainable=trainable, scalar=False)
         model = adapters.merge_adapter(model) if lora else model
-    check_weights(model, where)
-    model = model.to(device_of(device))
-    check_left_to_right(model, where)
+    model = _placed(model, where, device, trunk, trained_whole=trainable and lora is None)
     return _ready(model, lora, trainable=trainable, seed=seed, keep_dropout=keep_dropout, scalar=False)
 
 
@@ -147,6 +149,7 @@ def load_scalar(
     keep_dropout: bool = False,
     tokenizer: Any = None,
     new_head: bool = True,
+    trunk: nn.Module | None = None,
 ) -> nn.Module:
     """A reward or value model: one number a token, read off the hidden state by a float32 head.
 
@@ -156,7 +159,7 @@ def load_scalar(
             reward says. A causal language model: a new head is drawn, N(0, 1 / (hidden + 1)). An adapter folder of a
             reward model: base, adapter and head, as one peft model; of a language model (SFT with LoRA): merged, and a
             new head drawn. With ``lora`` any old adapter is merged into the base first.
-        dtype, device, lora, trainable, keep_dropout, tokenizer: as in ``load_policy``; the head is trained with the
+        dtype, device, lora, trainable, keep_dropout, tokenizer, trunk: as in ``load_policy``; the head is trained with the
             adapter and saved in its folder.
         seed: of the new head and the new adapter.
         new_head: False refuses what would need a new head: a reward to be used must have been trained.
@@ -180,10 +183,8 @@ def load_scalar(
         model = adapters.attach_adapter(model, place, trainable=trainable, scalar=True)
         _read_score_file(model, place)
         model = model if own_head and not lora else adapters.merge_adapter(model)
-    check_weights(model, where)
     normalisation(model)  # raises on nonsense
-    model = model.to(device_of(device))
-    check_left_to_right(model, where)
+    model = _placed(model, where, device, trunk, trained_whole=trainable and lora is None)
     return _ready(model, lora, trainable=trainable, seed=seed, keep_dropout=keep_dropout, scalar=True)
 
 
@@ -272,10 +273,23 @@ def _pretrained(
             else _hub_hint(place)
         )
         raise ModelError(f"{place}: the model cannot be loaded. {first_line(error)}{advice}") from error
-    _align(model)
     if compute is not None:
         model.compute_dtype = compute  # models.forward multiplies in it
     return model, set(info["missing_keys"])
+
+
+def _placed(
+    model: nn.Module, where: str | Path, device: str | torch.device, trunk: nn.Module | None, *, trained_whole: bool
+) -> nn.Module:
+    """The model, checked, on its device, and on the trunk's weights if there is a trunk."""
+    check_weights(model, where)
+    if trunk is not None:
+        assert adapters.is_adapted(model) or not trained_whole, "weights that are shared are never trained: give lora"
+        stand_on(model, trunk, where)
+    _align(model)
+    model = model.to(device_of(device))
+    check_left_to_right(model, where)
+    return model
 
 
 def _align(model: nn.Module) -> None:

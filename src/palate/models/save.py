@@ -36,7 +36,7 @@ def save_model(
     A plain model becomes a Hugging Face folder; its generation config names the ids that end a text. A peft model
     becomes a PEFT adapter folder (a scalar model's with head and normalisation), unless its base is nowhere on disk
     (made from scratch, or with an earlier adapter merged into it) or ``merge_adapter`` is set: then the sum of base and
-    adapter is written as a whole Hugging Face folder.
+    adapter is written as a whole Hugging Face folder. So is a value head on an adapted policy.
 
     A scalar model's config gets a pad id that is no stop token, because plain ``AutoModelForSequenceClassification``
     reads "the last token that is not padding"; where the tokenizer has none to spare it gets none, and transformers then
@@ -79,7 +79,9 @@ def _make_savable(generation_config: Any) -> None:
 
 def _write(model: Any, target: Path, *, scalar: bool, merge: bool) -> None:
     inner = base_of(model)
-    if inner is model:
+    if inner is model and adapters.stands_on_adapted(model):
+        model.save_pretrained(target, state_dict=adapters.merged_weights(model))
+    elif inner is model:
         model.save_pretrained(target)
     elif merge or not adapters.base_folder(model):
         inner.save_pretrained(target, state_dict=adapters.merged_weights(model))

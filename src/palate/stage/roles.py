@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +11,15 @@ from torch import nn
 from palate.config import RunConfig
 from palate.data.chat import Chat
 from palate.errors import ConfigError, ModelError
+from palate.models.adapters import adapter_config, adapter_has_head, is_adapted
 from palate.models.load import load_policy, load_scalar, new_policy
 from palate.models.rewards import load_reward, members
 from palate.models.roles import AdapterOff, reference_of
+from palate.models.sharing import stands_on, value_head_on
 from palate.types import Models
+
+Say = Callable[[str], None]
+ROLES = ("policy", "reference", "reward", "value")
 
 
 def trained_role(config: RunConfig) -> str:
@@ -56,34 +62,113 @@ def where_from(config: RunConfig) -> str:
     return f"new {fields.get('architecture')} policy (hidden {hidden}, {layers} layer{'s' * (layers != 1)})"
 
 
-def load_roles(config: RunConfig, trained: nn.Module, chat: Chat) -> Models:
-    """The other roles beside the one that is trained.
+def load_roles(config: RunConfig, trained: nn.Module, chat: Chat, say: Say = lambda text: None) -> Models:
+    """The other roles beside the one that is trained, on as few weights as ``config.sharing`` allows.
 
+    Args:
+        say: is told of every role that cannot share what the setting asks for, and keeps weights of its own.
     Raises:
-        ModelError: a folder cannot play its role. ConfigError: a setting of a role is wrong.
+        ModelError: a folder cannot play its role, or has another base than the trunk. ConfigError: a setting of a role is
+            wrong, or cannot be had with this sharing.
     """
     needs = config.method.settings.needs
+    trunk = _trunk(config, trained, say)
     models = Models(**{trained_role(config): trained})
     place: dict[str, Any] = {"dtype": config.dtype, "device": config.device}
     if "reference" in needs:
-        models.reference = reference_of(trained, config.reference, tokenizer=chat.tokenizer, **place)
+        models.reference = reference_of(
+            trained, config.reference, tokenizer=chat.tokenizer, sharing=config.sharing, **place
+        )
     if "reward" in needs and models.reward is None:
         assert config.reward is not None
-        models.reward = load_reward(config.reward, chat, **place, measuring=True)
+        models.reward = load_reward(config.reward, chat, **place, measuring=True, trunk=trunk)
     if "value" in needs:
-        where, why = value_source(config, models.reward)
-        try:
-            models.value = load_scalar(
-                where, lora=config.lora, seed=config.training.seed + 1, tokenizer=chat.tokenizer, **place
-            )
-        except ModelError as error:
-            raise ModelError(f"value model ({why}): {error}") from error
-    for role in ("policy", "reference", "reward", "value"):
+        models.value = _value(config, models, chat, trunk)
+    for role in ROLES:
         model = getattr(models, role)
         shares = isinstance(model, AdapterOff)  # its weights are the policy's
         if isinstance(model, nn.Module) and not shares and role not in config.method.settings.trains:
             model.requires_grad_(False).eval()
+        if trunk is not None and model is not None and not shares:
+            for name in _apart(model, trunk):
+                say(f"sharing={config.sharing}: the {role} ({name}) is no adapter on the policy's trunk and stays separate.")
     return models
+
+
+def _trunk(config: RunConfig, trained: nn.Module, say: Say) -> nn.Module | None:
+    """The model on whose frozen weights other roles are to stand, or None; refuses what cannot be shared.
+
+    Raises:
+        ConfigError: the method, or a model without adapter, cannot have ``config.sharing``.
+    """
+    sharing, name, method = config.sharing, config.method.name, config.method.settings
+    if sharing in ("separate", "reference"):
+        return None
+    if len(method.needs) == 1:
+        say(f"sharing={sharing} changes nothing: {name} has one role.")
+        return None
+    if sharing == "value_head":
+        if "value" not in method.needs:
+            raise ConfigError(f"sharing=value_head: {name} has no value model. Take sharing=trunk.")
+        if getattr(method, "trust_region", None) is not None:
+            raise ConfigError(
+                f"sharing=value_head: {name} moves the policy by its surrogate alone, and a value loss on the same trunk would "
+                "move it too. Take sharing=trunk."
+            )
+        if config.value is not None:
+            raise ConfigError(
+                f"sharing=value_head: the value is a new head on the policy; value={config.value} has no place. Leave value "
+                "out, or take sharing=trunk."
+            )
+        if not is_adapted(trained):
+            say("sharing=value_head: the policy has no adapter, so that reference and reward have weights of their own.")
+            return None
+    if not is_adapted(trained):
+        raise ConfigError(
+            "sharing=trunk needs a trunk that training leaves alone. Give --lora, or an adapter folder as the model; or take "
+            "sharing=reference."
+        )
+    return trained
+
+
+def _value(config: RunConfig, models: Models, chat: Chat, trunk: nn.Module | None) -> nn.Module:
+    """The value model: a head on the policy, an adapter and head on its trunk, or a model of its own."""
+    seed, lora = config.training.seed + 1, config.lora
+    if config.sharing == "value_head":
+        assert models.policy is not None
+        return value_head_on(models.policy, seed)
+    reward: Any = models.reward
+    if trunk is not None and not (isinstance(reward, nn.Module) and stands_on(reward, trunk)):
+        reward = None  # another trunk's weights are no start for an adapter on this one
+    where, why = value_source(config, reward)
+    if trunk is not None and adapter_config(where) and adapter_has_head(where):
+        lora = None  # merged into the base it would make another trunk: the adapter itself is trained on
+    elif trunk is not None and lora is None:
+        raise ConfigError(
+            f"sharing=trunk: the value model ({why}) has no adapter of its own to train. Give value=FOLDER with an adapter and "
+            "a head (a reward trained with LoRA), or --lora, or take sharing=value_head."
+        )
+    try:
+        return load_scalar(
+            where,
+            dtype=config.dtype,
+            device=config.device,
+            lora=lora,
+            seed=seed,
+            tokenizer=chat.tokenizer,
+            trunk=trunk,
+        )
+    except ModelError as error:
+        raise ModelError(f"value model ({why}): {error}") from error
+
+
+def _apart(model: Any, trunk: nn.Module) -> Iterator[str]:
+    """Names of a role's parts that do not stand on the trunk."""
+    if not isinstance(model, nn.Module) and (inside := members(model)):
+        for name, part in inside.items():
+            yield from (name for _ in _apart(part, trunk))
+    elif not (isinstance(model, nn.Module) and (model is trunk or stands_on(model, trunk))):
+        yield _name(model)
 
 
 def value_source(config: RunConfig, reward: Any) -> tuple[str, str]:
@@ -99,7 +184,7 @@ def value_source(config: RunConfig, reward: Any) -> tuple[str, str]:
 
 
 class Role(NamedTuple):
-    """A line of the bill."""
+    """A line of the bill: what a role holds that no role above it holds already."""
 
     role: str
     what: str
@@ -111,24 +196,22 @@ class Role(NamedTuple):
 
 
 def bill(models: Models, trains: tuple[str, ...], *, ahead: int = 0) -> list[Role]:
-    """What each role holds in memory. A role that shares another's weights costs nothing.
+    """What each role holds in memory. Weights that several roles use are counted once, for the first of them.
 
     Args:
         ahead: ``training.rollouts_ahead``: 1 = a copy of what is trained of the policy draws in the background.
     """
     lines = []
-    for role in ("policy", "reference", "reward", "value"):
+    held: set[int] = set()
+    for role in ROLES:
         model = getattr(models, role)
         if isinstance(model, AdapterOff):
             lines.append(Role(role, "policy, adapter off", 0, 0, "", 0, 0))
-        elif isinstance(model, nn.Module):
-            lines.append(_line(role, type(_inner(model)).__name__, model, role in trains))
         elif model is not None:
-            name = f"{type(model).__name__} {getattr(model, 'name', '')}".strip()
-            lines.append(_line(role, name, nn.ModuleList(_models_in(model)), False))
+            lines.append(_line(role, model, role in trains, held))
     if ahead and models.policy is not None:
         moving = nn.ParameterList(p for p in models.policy.parameters() if p.requires_grad)
-        lines.append(_line("sampler", "copy of the policy's trained weights", moving, False))
+        lines.append(_line("sampler", moving, False, set())._replace(what="copy of the policy's trained weights"))
     return lines
 
 
@@ -141,22 +224,32 @@ def _models_in(reward: Any) -> list[nn.Module]:
     return [model] if isinstance(model, nn.Module) else []
 
 
+def _name(model: Any) -> str:
+    if isinstance(model, nn.Module):
+        return type(_inner(model)).__name__
+    return f"{type(model).__name__} {getattr(model, 'name', '')}".strip()
+
+
 def _inner(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _line(role: str, what: str, model: nn.Module, trains: bool) -> Role:
-    parameters = list({id(p): p for p in model.parameters()}.values())
+def _line(role: str, model: Any, trains: bool, held: set[int]) -> Role:
+    """The role's line. Where its weights stand in memory is added to ``held``."""
+    weights = {p.untyped_storage().data_ptr(): p for p in nn.ModuleList(_models_in(model)).parameters()}
+    parameters = [p for place, p in weights.items() if place not in held]
+    shares = len(parameters) < len(weights)
+    held.update(weights)
     learning = [p for p in parameters if trains and p.requires_grad]
     sizes: dict[str, int] = {}
     for p in parameters:
         sizes[str(p.dtype).removeprefix("torch.")] = sizes.get(str(p.dtype).removeprefix("torch."), 0) + p.numel()
     return Role(
         role,
-        what,
+        _name(model) + (", on the weights above" if shares else ""),
         sum(p.numel() for p in parameters),
         sum(p.numel() for p in learning),
         max(sizes, key=lambda name: sizes[name]) if sizes else "",
-        sum(p.numel() * p.element_size() for p in parameters),
+        sum(p.untyped_storage().nbytes() for p in parameters),
         sum(3 * p.numel() * p.element_size() for p in learning),
     )

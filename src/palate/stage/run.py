@@ -171,7 +171,7 @@ def load_stage(config: RunConfig, say: Say) -> Stage:
         say(f"{key} = {_value(config, key)}   ({reason})")
     items = encode_sides(config, sides, chat, noted)
     _check_held_out(config, items)
-    models = load_roles(config, model, chat)
+    models = load_roles(config, model, chat, say)
     config = with_reward_ready(config, models, items, chat, say)
     say(_bill_table(config, models))
     conversations = any(not isinstance(record.prompt, str) for record in sides.train)
@@ -213,12 +213,14 @@ def _value(config: RunConfig, key: str) -> Any:
 
 def _bill_table(config: RunConfig, models: Models) -> Table:
     """What each role holds in memory: weights, and for trained ones gradients and AdamW's moments."""
-    table = Table(title=f"roles of {config.method.name} on {config.device}", title_justify="left")
+    title = f"roles of {config.method.name} on {config.device}, sharing={config.sharing}"
+    table = Table(title=title, title_justify="left")
     for name in ("role", "what"):
         table.add_column(name, overflow="fold")
     for name in ("parameters", "trained", "dtype", "weights", "gradients + AdamW"):
         table.add_column(name, justify="right")
-    for line in bill(models, config.method.settings.trains, ahead=config.training.rollouts_ahead):
+    lines = bill(models, config.method.settings.trains, ahead=config.training.rollouts_ahead)
+    for line in lines:
         cells = (
             line.role,
             line.what
@@ -228,6 +230,11 @@ def _bill_table(config: RunConfig, models: Models) -> Table:
             line.dtype,
         )
         table.add_row(*(Text(cell) for cell in (*cells, _bytes(line.weights), _bytes(line.training))))
+    if len(lines) > 1:
+        table.add_section()
+        counts = (f"{sum(counted):,}" for counted in zip(*((x.parameters, x.trained) for x in lines), strict=True))
+        weights, training = (sum(held) for held in zip(*((x.weights, x.training) for x in lines), strict=True))
+        table.add_row("all", f"{_bytes(weights + training)} together", *counts, "", _bytes(weights), _bytes(training))
     return table
 
 

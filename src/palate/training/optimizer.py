@@ -15,11 +15,14 @@ _EMBEDDINGS = ("embed", "wte", "wpe")  # as transformers calls them, of tokens a
 
 
 def trained_parameters(models: Models, method: Method) -> dict[str, dict[str, nn.Parameter]]:
-    """Role -> name -> parameter, of everything that receives a gradient."""
-    return {
-        role: {name: p for name, p in getattr(models, role).named_parameters() if p.requires_grad}
-        for role in method.trains
-    }
+    """Role -> name -> parameter, of everything that receives a gradient; what two roles share is the first one's."""
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    taken: set[int] = set()
+    for role in method.trains:
+        named = getattr(models, role).named_parameters()
+        found[role] = {name: p for name, p in named if p.requires_grad and id(p) not in taken}
+        taken |= {id(p) for p in found[role].values()}
+    return found
 
 
 def make_optimizer(

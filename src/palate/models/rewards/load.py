@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
 from palate.errors import ConfigError
+from palate.models.adapters import adapter_config
 from palate.models.load import load_scalar, load_tokenizer, same_vocabulary
 from palate.models.rewards.check import CheckReward
 from palate.models.rewards.classifier import ClassifierReward
@@ -27,7 +28,13 @@ from palate.types import Reward
 if TYPE_CHECKING:
     from palate.data.chat import Chat
 
-Place = tuple[str | torch.dtype, str | torch.device]
+
+class Place(NamedTuple):
+    """How and where models are held."""
+
+    dtype: str | torch.dtype
+    device: str | torch.device
+    trunk: nn.Module | None  # whose weights those that are adapters use
 
 
 class _Part:
@@ -48,6 +55,7 @@ def load_reward(
     dtype: str | torch.dtype = "float32",
     device: str | torch.device = "cpu",
     measuring: bool = False,
+    trunk: nn.Module | None = None,
 ) -> nn.Module | Reward:
     """The reward that ``spec`` describes, frozen.
 
@@ -59,16 +67,18 @@ def load_reward(
         chat: the policy's.
         dtype, device: of models that are loaded.
         measuring: ``normalise: reference`` is allowed; its scales are then in ``unmeasured(reward)``.
+        trunk: an adapted model on whose frozen weights scalar models that are adapters stand; others keep their own.
     Raises:
         ConfigError: a key or function that does not exist.
         ModelError: a folder that cannot be a reward.
     """
     spec = long_form(spec)
     kind = kind_of(spec)
+    place = Place(dtype, device, trunk)
     if kind is None and not callable(spec):
-        reward: nn.Module | Reward = _sum(_parts(parts_of(spec), chat, (dtype, device), measuring))
+        reward: nn.Module | Reward = _sum(_parts(parts_of(spec), chat, place, measuring))
     else:
-        part = _one(spec, chat, (dtype, device), measuring)
+        part = _one(spec, chat, place, measuring)
         reward = part.reward if part.plain else _sum([part])
     return reward
 
@@ -98,9 +108,9 @@ def _one(spec: Any, chat: Chat, place: Place, measuring: bool) -> _Part:
     spec = long_form(spec)
     kind = kind_of(spec)
     if kind is None:
-        return _Part("sum", load_reward(spec, chat, dtype=place[0], device=place[1], measuring=measuring))
+        return _Part("sum", load_reward(spec, chat, measuring=measuring, **place._asdict()))
     one = read_one(spec, kind)
-    name, made = _made(one, chat, (one.options.pop("dtype", place[0]), place[1]), measuring)
+    name, made = _made(one, chat, place._replace(dtype=one.options.pop("dtype", place.dtype)), measuring)
     return _Part(name, made, one.weight, _scale(one, name, made, measuring))
 
 
@@ -119,7 +129,7 @@ def _made(one: One, chat: Chat, place: Place, measuring: bool) -> tuple[str, Any
         function = _function(where if callable(where) else find_function(str(where)), chat, name)
         return function.name, function
     if one.kind == "classifier":
-        made = ClassifierReward(str(where), chat=chat, dtype=place[0], device=place[1], name=name, **options)
+        made = ClassifierReward(str(where), chat=chat, dtype=place.dtype, device=place.device, name=name, **options)
         return made.name, made
     assert one.kind == "model", one.kind
     name = name or _folder_name(str(where))
@@ -165,14 +175,22 @@ def _model(where: str, chat: Chat, place: Place, name: str) -> nn.Module | Rewar
 
     A folder without a template of its own was trained under whatever the settings said, as the policy is now.
     """
-    dtype, device = place
     own, policy = load_tokenizer(where), chat.tokenizer
     templates = (None, policy.chat_template, chat.template, chat.conversation_template)
     if same_vocabulary(own, policy) and own.chat_template in templates:
-        model: Any = load_scalar(where, dtype=dtype, device=device, trainable=False, tokenizer=own, new_head=False)
+        trunk = place.trunk if adapter_config(where) else None
+        model: Any = load_scalar(
+            where,
+            dtype=place.dtype,
+            device=place.device,
+            trainable=False,
+            tokenizer=own,
+            new_head=False,
+            trunk=trunk,
+        )
         model.chat = chat  # so that an error can show the sample in words
         return model  # type: ignore[no-any-return]
-    return TextRewardModel(where, chat, dtype=dtype, device=device, name=name)
+    return TextRewardModel(where, chat, dtype=place.dtype, device=place.device, name=name)
 
 
 def _folder_name(where: str) -> str:
