@@ -13,6 +13,7 @@ from palate.errors import ConfigError, ModelError
 from palate.models.load import load_policy, load_scalar, new_policy
 from palate.models.rewards import load_reward, members
 from palate.models.roles import AdapterOff, reference_of
+from palate.training.optimizer import state_bytes
 from palate.types import Models
 
 
@@ -107,29 +108,29 @@ class Role(NamedTuple):
     trained: int
     dtype: str
     weights: int  # bytes
-    training: int  # bytes of gradients and AdamW's two moments
+    training: int  # bytes of gradients and the optimizer's state
 
 
-def bill(models: Models, trains: tuple[str, ...]) -> list[Role]:
-    """What each role holds in memory. A role that shares another's weights costs nothing."""
+def bill(models: Models, trains: tuple[str, ...], optimizer: str = "adamw") -> list[Role]:
+    """What each role holds in its device's memory. A role that shares another's weights costs nothing."""
     lines = []
     for role in ("policy", "reference", "reward", "value"):
         model = getattr(models, role)
         if isinstance(model, AdapterOff):
             lines.append(Role(role, "policy, adapter off", 0, 0, "", 0, 0))
         elif isinstance(model, nn.Module):
-            lines.append(_line(role, type(_inner(model)).__name__, model, role in trains))
+            lines.append(_line(role, type(_inner(model)).__name__, model, role in trains, optimizer))
         elif model is not None:
             name = f"{type(model).__name__} {getattr(model, 'name', '')}".strip()
-            lines.append(_line(role, name, nn.ModuleList(_models_in(model)), False))
+            lines.append(_line(role, name, nn.ModuleList(models_in(model)), False, optimizer))
     return lines
 
 
-def _models_in(reward: Any) -> list[nn.Module]:
+def models_in(reward: Any) -> list[nn.Module]:
     """The models that a reward asks: none of a function, its own of a classifier, those of its members of a sum."""
     inside = members(reward)
     if inside:
-        return [model for part in inside.values() for model in _models_in(part)]
+        return [model for part in inside.values() for model in models_in(part)]
     model = reward if isinstance(reward, nn.Module) else getattr(reward, "model", None)
     return [model] if isinstance(model, nn.Module) else []
 
@@ -138,7 +139,7 @@ def _inner(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _line(role: str, what: str, model: nn.Module, trains: bool) -> Role:
+def _line(role: str, what: str, model: nn.Module, trains: bool, optimizer: str) -> Role:
     parameters = list({id(p): p for p in model.parameters()}.values())
     learning = [p for p in parameters if trains and p.requires_grad]
     sizes: dict[str, int] = {}
@@ -151,5 +152,5 @@ def _line(role: str, what: str, model: nn.Module, trains: bool) -> Role:
         sum(p.numel() for p in learning),
         max(sizes, key=lambda name: sizes[name]) if sizes else "",
         sum(p.numel() * p.element_size() for p in parameters),
-        sum(3 * p.numel() * p.element_size() for p in learning),
+        sum(p.numel() * p.element_size() + state_bytes(p, optimizer) for p in learning),
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Run:
         pretraining: texts for the loss that ``method.ptx_coef`` mixes in, and ``collate_pretraining`` for them.
         starts_at_reference: policy and reference begin as the same weights; then KL 0 is checked before the first step.
         dtype: that the forward passes compute in, "float32" or "bfloat16".
+        awake: a block within which frozen roles that rest elsewhere are on the device.
         best: step and value of the best evaluation.
         stopped: why the run ended, once it has.
     """
@@ -72,6 +74,7 @@ class Run:
     starts_at_reference: bool = False
     dtype: str = "float32"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    awake: Callable[[], AbstractContextManager[None]] = nullcontext
     best: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
 
@@ -211,7 +214,7 @@ def _prepared(run: Run, step: int, clock: _Clock) -> Batch:
         items = batch_items(run.items, settings.batch_size, step, settings.seed + _REFILL * attempt)
         sampled = _collect(run, items, settings.seed, step, *again)
         clock.lap("time/rollout" if run.rollout else "time/collate")
-        with torch.no_grad():
+        with torch.no_grad(), run.awake():
             part = run.method.prepare(run.models, sampled)
         clock.lap("time/prepare")
         whole = part if whole is None else joined(whole, part)
@@ -300,7 +303,8 @@ def evaluate(run: Run) -> dict[str, float]:
         starts.pop()
     for start, end in zip(starts, [*starts[1:], len(run.validation)], strict=True):
         batch = _collect(run, run.validation[start:end], run.settings.seed, -1, start)
-        batch = run.method.prepare(run.models, batch)
+        with run.awake():
+            batch = run.method.prepare(run.models, batch)
         found = dict(getattr(batch, "metrics", {}))
         if run.rollout is None:
             for micro in microbatches(batch, run.settings.microbatch_tokens(run.device.type)):

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from palate.errors import ConfigError
 
+OPTIMIZERS = ("adamw", "adamw_8bit", "adamw_offload")
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -25,6 +27,9 @@ class TrainingSettings:
             on a CPU, 16,384 on a GPU.
         weight_decay: AdamW's, on matrices only (not on norms, biases and embeddings).
         beta1, beta2, epsilon: AdamW's.
+        optimizer: "adamw"; "adamw_8bit" = its two moments in 8 bits each (2 bytes a weight instead of 8 in float32; needs
+            ``palate[optim]``; slower on a CPU); "adamw_offload" = its moments in the computer's memory between updates (no
+            byte of the GPU's; the same numbers; no effect on a CPU).
         max_grad_norm: the gradient is scaled down to this norm; 0 = never.
         eval_every: batches between evaluations; a number below 1 is a share of all batches; 0 = only at the end.
         save_every: batches between checkpoints, likewise; 0 = only at the end.
@@ -49,6 +54,7 @@ class TrainingSettings:
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
+    optimizer: str = "adamw"
     max_grad_norm: float = 1.0
     eval_every: float = 0.1
     save_every: float = 0.1
@@ -66,6 +72,7 @@ class TrainingSettings:
         _require(
             self.schedule in ("cosine", "linear", "constant"), "schedule", self.schedule, "cosine, linear, constant"
         )
+        _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, ", ".join(OPTIMIZERS))
         _require(self.best_is in ("lowest", "highest"), "best_is", self.best_is, "lowest or highest")
         _require(
             0 <= self.final_learning_rate <= 1, "final_learning_rate", self.final_learning_rate, "a share in [0, 1]"
