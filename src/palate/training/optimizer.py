@@ -47,11 +47,8 @@ def make_optimizer(
             {"params": others, "weight_decay": 0.0, "peak": rate},
         ]
     parts = [part for part in parts if part["params"]]
-    given = {
-        "lr": settings.learning_rate,
-        "betas": (settings.beta1, settings.beta2),
-        "eps": settings.epsilon,
-    }
+    betas = (settings.beta1, settings.beta2)
+    given: dict[str, Any] = {"lr": settings.learning_rate, "betas": betas, "eps": settings.epsilon}
     if settings.optimizer == "adamw_8bit":
         return _eight_bit()(parts, **given, min_8bit_size=MIN_8BIT)
     on_cpu = all(p.device.type == "cpu" for named in parameters.values() for p in named.values())
