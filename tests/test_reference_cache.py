@@ -25,7 +25,8 @@ from palate.models.load import load_policy, save_model
 from palate.models.roles import AdapterOff, frozen_copy
 from palate.stage import reference_cache
 from palate.stage import run as stage_run
-from palate.stage.reference_store import cache_folder, read_store, reference_key, row_key, write_store
+from palate.stage.reference_store import read_store, reference_key, row_key, write_store
+from palate.stage.user_cache import cache_folder
 from palate.types import Models
 from tiny import LORA, tiny, tokenizer_of, trained
 
@@ -345,12 +346,12 @@ def test_the_cache_is_where_people_expect_it(tmp_path: Path, monkeypatch: pytest
     for name in ("PALATE_CACHE", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_folder("auto") == tmp_path / ".cache" / "palate" / "reference"
+    assert cache_folder("auto", "reference") == tmp_path / ".cache" / "palate" / "reference"
     monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert cache_folder("auto") == Path("/x/palate/reference")
+    assert cache_folder("auto", "reference") == Path("/x/palate/reference")
     monkeypatch.setenv("PALATE_CACHE", "/p")
-    assert cache_folder("auto") == Path("/p/reference")
-    assert cache_folder("~/mine") == tmp_path / "mine" and cache_folder("off") is None
+    assert cache_folder("auto", "reference") == Path("/p/reference")
+    assert cache_folder("~/mine", "reference") == tmp_path / "mine" and cache_folder("off", "reference") is None
 
 
 def test_off_is_a_word_in_yaml_too(tmp_path: Path) -> None:

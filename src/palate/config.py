@@ -60,6 +60,8 @@ class DataSettings:
         chat_template: None = the model's own, "none" = plain text, "default" = the documented default, else Jinja text
             or the path of a file with it.
         system: a system message put before every conversation; None = none.
+        cache: where tokenised records are kept for later runs over the same data: a folder, "auto" (PALATE_CACHE, else the
+            user's cache folder), or "off" = tokenised in every run. Changes no number.
     """
 
     train: str | None = None
@@ -78,8 +80,13 @@ class DataSettings:
     truncate: Literal["left_prompt", "right", "drop"] = "left_prompt"
     chat_template: str | None = None
     system: str | None = None
+    cache: str | bool = "auto"
 
     def __post_init__(self) -> None:
+        if isinstance(self.cache, bool):  # YAML reads off as false
+            object.__setattr__(self, "cache", "auto" if self.cache else "off")
+        if not self.cache:
+            raise ConfigError('data.cache: found \'\', expected "auto", "off" or a folder.')
         fraction = self.validation_fraction
         if not 0 <= fraction < 1:
             raise ConfigError(f"data.validation_fraction: found {fraction!r}, expected a share in [0, 1).")
@@ -126,6 +133,11 @@ class RunConfig(BaseModel):
     value: str | None = Field(
         None, description="what the value model starts from; null = the reward model's folder, else the model"
     )
+    offload: list[Literal["reference", "reward", "value"]] = Field(
+        default_factory=list,
+        description="frozen roles that are in the CPU's memory and visit the device only while a batch is prepared: saves "
+        "their bytes there, costs the copying; changes no number, no effect on a CPU",
+    )
     lora: LoraSettings | None = Field(None, description="train an adapter instead of all weights; true = its defaults")
     sharing: Literal["separate", "reference", "trunk", "value_head"] = Field(
         "reference",
@@ -170,9 +182,9 @@ class RunConfig(BaseModel):
             raise ConfigError('reference_cache: found \'\', expected "auto", "off" or a folder.')
         return {False: "off", True: "auto"}[value] if isinstance(value, bool) else value  # YAML reads off as false
 
-    @field_validator("trackers", mode="before")
+    @field_validator("trackers", "offload", mode="before")
     @classmethod
-    def _one_tracker(cls, value: Any) -> Any:
+    def _one_of_them(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
     @property

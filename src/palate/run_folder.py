@@ -21,7 +21,7 @@ from palate.settings_tree import flatten
 State = Literal["new", "unfinished", "finished"]
 
 # What may change between two starts of one run: it changes no number.
-FREE = ("out", "name", "trackers", "training.keep_last")
+FREE = ("out", "name", "trackers", "training.keep_last", "data.cache", "offload")
 LOCK = ".lock"
 
 

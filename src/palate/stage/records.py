@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from palate.config import RunConfig
 from palate.data.chat import Chat
-from palate.data.collate import Item, NothingLeft, encode_records
+from palate.data.collate import Item, NothingLeft
 from palate.data.ranking import (
     comparison_to_judgements,
     comparison_to_ranking,
@@ -22,6 +22,8 @@ from palate.data.records import KINDS, Comparison, Prompt, Ranking, Record, read
 from palate.errors import ConfigError, DataError
 from palate.feedback.learned import Learned, is_store, learn
 from palate.lookup import find_method, method_names
+from palate.stage.token_cache import encode_or_recall
+from palate.stage.user_cache import cache_folder
 
 Say = Callable[[str], None]
 MOST_PARTICULAR = ("rankings", "comparisons", "judgements", "demonstrations")
@@ -188,9 +190,11 @@ def _first(where: str, kind: str, format: str, split: str) -> Record | None:
         return None
 
 
-def encode_sides(config: RunConfig, sides: Sides, chat: Chat, say: Say) -> Sides:
+def encode_sides(config: RunConfig, sides: Sides, chat: Chat, say: Say, aside: Say = _unsaid) -> Sides:
     """Items of both sides; what was cut and dropped is said.
 
+    Args:
+        say: told what became of the records, the same every time. aside: told when their tokens come from the cache.
     Raises:
         DataError: nothing is left to train on.
     """
@@ -202,10 +206,11 @@ def encode_sides(config: RunConfig, sides: Sides, chat: Chat, say: Say) -> Sides
             say(f"{name:<11}none held out" if name == "validation" else f"{name:<11}nothing")
             continue
         try:
-            items, report = encode_records(
+            items, report, from_cache = encode_or_recall(
                 records,
                 kind,
                 chat,
+                cache_folder(data.cache, "tokens"),
                 max_length=data.max_length or 0,
                 max_prompt_length=data.max_prompt_length,
                 truncate=data.truncate,
@@ -214,16 +219,21 @@ def encode_sides(config: RunConfig, sides: Sides, chat: Chat, say: Say) -> Sides
             where = data.validation or data.train if name == "validation" else data.train
             raise NothingLeft(f"{where} ({name}): {error}") from None
         say(f"{name:<11}{report}")
+        if from_cache:
+            aside(f"{name:<11}{from_cache}")
         found.append(items)
     return Sides(*found)
 
 
-def pretraining_items(config: RunConfig, chat: Chat, say: Say) -> list[Item]:
+def pretraining_items(config: RunConfig, chat: Chat, say: Say, aside: Say = _unsaid) -> list[Item]:
     """Items of ``data.pretraining``: demonstrations, for a method that mixes in their loss; else none."""
     data = config.data
     if data.pretraining is None:
         return []
     records = read_records(data.pretraining, "demonstrations", split=data.split)
-    items, report = encode_records(records, "demonstrations", chat, max_length=data.max_length or 0)
+    folder, length = cache_folder(data.cache, "tokens"), data.max_length or 0
+    items, report, from_cache = encode_or_recall(records, "demonstrations", chat, folder, max_length=length)
     say(f"{'pretraining':<11}{report}")
+    if from_cache:
+        aside(f"{'pretraining':<11}{from_cache}")
     return items

@@ -48,20 +48,6 @@ class Unreadable(Exception):
     """A file of log-probs that is not what was written; the message says why."""
 
 
-def cache_folder(setting: str) -> Path | None:
-    """Where log-probs are kept between runs: a folder, or None for "off".
-
-    "auto" is ``$PALATE_CACHE/reference``, else ``$XDG_CACHE_HOME/palate/reference``, else ``~/.cache/palate/reference``.
-    """
-    if setting == "off":
-        return None
-    if setting != "auto":
-        return Path(setting).expanduser()
-    own, shared = os.environ.get("PALATE_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    base = Path(own) if own else Path(shared or "~/.cache") / "palate"
-    return base.expanduser() / "reference"
-
-
 def reference_key(reference: nn.Module, device: torch.device) -> ReferenceKey:
     """A hash of a reference's parameters and buffers, and one of these with its settings, its arithmetic and the device's type.
 

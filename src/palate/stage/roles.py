@@ -16,6 +16,7 @@ from palate.models.load import load_policy, load_scalar, new_policy
 from palate.models.rewards import load_reward, members
 from palate.models.roles import AdapterOff, reference_of
 from palate.models.sharing import stands_on, value_head_on
+from palate.training.optimizer import state_bytes
 from palate.types import Models
 
 Say = Callable[[str], None]
@@ -192,13 +193,14 @@ class Role(NamedTuple):
     trained: int
     dtype: str
     weights: int  # bytes
-    training: int  # bytes of gradients and AdamW's two moments
+    training: int  # bytes of gradients and the optimizer's state
 
 
-def bill(models: Models, trains: tuple[str, ...], *, ahead: int = 0) -> list[Role]:
-    """What each role holds in memory. Weights that several roles use are counted once, for the first of them.
+def bill(models: Models, trains: tuple[str, ...], optimizer: str = "adamw", *, ahead: int = 0) -> list[Role]:
+    """What each role holds in its device's memory. Weights that several roles use are counted once, for the first of them.
 
     Args:
+        optimizer: ``training.optimizer``.
         ahead: ``training.rollouts_ahead``: 1 = a copy of what is trained of the policy draws in the background.
     """
     lines = []
@@ -208,18 +210,18 @@ def bill(models: Models, trains: tuple[str, ...], *, ahead: int = 0) -> list[Rol
         if isinstance(model, AdapterOff):
             lines.append(Role(role, "policy, adapter off", 0, 0, "", 0, 0))
         elif model is not None:
-            lines.append(_line(role, model, role in trains, held))
+            lines.append(_line(role, model, optimizer if role in trains else None, held))
     if ahead and models.policy is not None:
         moving = nn.ParameterList(p for p in models.policy.parameters() if p.requires_grad)
-        lines.append(_line("sampler", moving, False, set())._replace(what="copy of the policy's trained weights"))
+        lines.append(_line("sampler", moving, None, set())._replace(what="copy of the policy's trained weights"))
     return lines
 
 
-def _models_in(reward: Any) -> list[nn.Module]:
+def models_in(reward: Any) -> list[nn.Module]:
     """The models that a reward asks: none of a function, its own of a classifier, those of its members of a sum."""
     inside = members(reward)
     if inside:
-        return [model for part in inside.values() for model in _models_in(part)]
+        return [model for part in inside.values() for model in models_in(part)]
     model = reward if isinstance(reward, nn.Module) else getattr(reward, "model", None)
     return [model] if isinstance(model, nn.Module) else []
 
@@ -234,13 +236,13 @@ def _inner(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _line(role: str, model: Any, trains: bool, held: set[int]) -> Role:
-    """The role's line. Where its weights stand in memory is added to ``held``."""
-    weights = {p.untyped_storage().data_ptr(): p for p in nn.ModuleList(_models_in(model)).parameters()}
+def _line(role: str, model: Any, optimizer: str | None, held: set[int]) -> Role:
+    """The role's line; None as ``optimizer``: nothing of it is trained. Where its weights stand in memory is added to ``held``."""
+    weights = {p.untyped_storage().data_ptr(): p for p in nn.ModuleList(models_in(model)).parameters()}
     parameters = [p for place, p in weights.items() if place not in held]
     shares = len(parameters) < len(weights)
     held.update(weights)
-    learning = [p for p in parameters if trains and p.requires_grad]
+    learning = [p for p in parameters if optimizer and p.requires_grad]
     sizes: dict[str, int] = {}
     for p in parameters:
         sizes[str(p.dtype).removeprefix("torch.")] = sizes.get(str(p.dtype).removeprefix("torch."), 0) + p.numel()
@@ -251,5 +253,5 @@ def _line(role: str, model: Any, trains: bool, held: set[int]) -> Role:
         sum(p.numel() for p in learning),
         max(sizes, key=lambda name: sizes[name]) if sizes else "",
         sum(p.untyped_storage().nbytes() for p in parameters),
-        sum(3 * p.numel() * p.element_size() for p in learning),
+        sum(p.numel() * p.element_size() + state_bytes(p, optimizer) for p in learning if optimizer),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,16 +31,18 @@ from palate.settings_tree import flatten
 from palate.stage import outcome
 from palate.stage.chats import chat_of
 from palate.stage.fingerprint import check_data
+from palate.stage.offload import check_offload, put_to_rest, resting_roles
 from palate.stage.progress import speaker, watched
 from palate.stage.records import Sides, encode_sides, pretraining_items, read_sides
 from palate.stage.reference_cache import items_with_reference
-from palate.stage.reference_store import cache_folder
 from palate.stage.reward_scale import adopted, with_reward_ready
 from palate.stage.roles import bill, load_roles, load_trained, trained_role, where_from
 from palate.stage.rollout import rollout_of
 from palate.stage.trackers import check_trackers, open_trackers
+from palate.stage.user_cache import cache_folder
 from palate.training import log
 from palate.training.loop import Run, train
+from palate.training.optimizer import check_optimizer
 from palate.types import Models
 
 Say = Callable[[Any], None]
@@ -81,12 +83,16 @@ def run_stage(config: RunConfig, *, quiet: bool = False) -> Path:
     require_all(config)
     config = adopted(config)
     check_trackers(config.trackers)
+    check_offload(config)
+    same_as_plain = check_optimizer(config.training, config.device)
     state = open_run(config, unresolved=FILLED)
     if state == "finished":
         say(
             f"{config.out}: this run is finished; its model is in {config.out / 'model'}. For another run, give another --out."
         )
         return config.out
+    if same_as_plain:
+        say(same_as_plain)
     with ExitStack() as held:
         if state == "unfinished":  # another process may be at it: say so before the models are loaded
             held.enter_context(locked(config.out))
@@ -111,6 +117,8 @@ def _train(stage: Stage, say: Say, quiet: bool) -> None:
         witness = outcome.Witness(config, stage.chat, shown, stage.models.reward)
         before = witness.responses(stage.models.policy, 0, "before")
     run = loop_run(reference_asked_once(stage, say))
+    resting = put_to_rest(config, stage.models, say)
+    run.awake = nullcontext if resting is None else resting.awake
     total = config.training.total_steps(len(stage.items.train))
     last: dict[str, dict[str, Any]] = {}
     try:
@@ -122,6 +130,8 @@ def _train(stage: Stage, say: Say, quiet: bool) -> None:
     finally:
         for tracker in trackers:
             tracker.close()
+        if resting is not None:
+            resting.wake()
     say(f"stopped: {run.stopped}")
     _finish(stage, run, witness, before, say)
 
@@ -132,7 +142,7 @@ def reference_asked_once(stage: Stage, say: Say) -> Stage:
     The reference is let go then: ``models.reference`` is None unless the method asks for more.
     """
     config, models = stage.config, stage.models
-    asks, cache = getattr(config.method.settings, "asks_reference", None), cache_folder(config.reference_cache)
+    asks, cache = getattr(config.method.settings, "asks_reference", None), cache_folder(config.reference_cache, "reference")
     if asks is None or cache is None or models.reference is None:
         return stage
     sides = items_with_reference(models.reference, stage.items, config.out, cache, torch.device(config.device), say)
@@ -169,13 +179,13 @@ def load_stage(config: RunConfig, say: Say) -> Stage:
     config = resolved(config, facts_of(model))
     for key, reason in config.filled.items():
         say(f"{key} = {_value(config, key)}   ({reason})")
-    items = encode_sides(config, sides, chat, noted)
+    items = encode_sides(config, sides, chat, noted, say)
     _check_held_out(config, items)
     models = load_roles(config, model, chat, say)
     config = with_reward_ready(config, models, items, chat, say)
     say(_bill_table(config, models))
     conversations = any(not isinstance(record.prompt, str) for record in sides.train)
-    return Stage(config, chat, models, items, pretraining_items(config, chat, noted), conversations, account, origins)
+    return Stage(config, chat, models, items, pretraining_items(config, chat, noted, say), conversations, account, origins)
 
 
 def _check_held_out(config: RunConfig, items: Sides) -> None:
@@ -212,19 +222,20 @@ def _value(config: RunConfig, key: str) -> Any:
 
 
 def _bill_table(config: RunConfig, models: Models) -> Table:
-    """What each role holds in memory: weights, and for trained ones gradients and AdamW's moments."""
+    """What each role holds in memory: weights, and for trained ones gradients and the optimizer's state."""
     title = f"roles of {config.method.name} on {config.device}, sharing={config.sharing}"
     table = Table(title=title, title_justify="left")
     for name in ("role", "what"):
         table.add_column(name, overflow="fold")
-    for name in ("parameters", "trained", "dtype", "weights", "gradients + AdamW"):
+    for name in ("parameters", "trained", "dtype", "weights", "gradients + optimizer"):
         table.add_column(name, justify="right")
-    lines = bill(models, config.method.settings.trains, ahead=config.training.rollouts_ahead)
+    lines = bill(models, config.method.settings.trains, config.training.optimizer, ahead=config.training.rollouts_ahead)
+    rests = {role for role, stays in resting_roles(config, models).items() if not stays}
     for line in lines:
+        note = ", until its log-probs are known" if line.role == "reference" and _is_let_go(config) else ""
         cells = (
             line.role,
-            line.what
-            + ("" if line.role != "reference" or not _is_let_go(config) else ", until its log-probs are known"),
+            line.what + (", on the CPU but while it is asked" if line.role in rests and not note else note),
             f"{line.parameters:,}",
             f"{line.trained:,}" if line.trained else "frozen",
             line.dtype,
@@ -241,7 +252,7 @@ def _bill_table(config: RunConfig, models: Models) -> Table:
 def _is_let_go(config: RunConfig) -> bool:
     """Is the reference asked before the first step and never again?"""
     asks_rows = getattr(config.method.settings, "asks_reference", None) == "rows"
-    return asks_rows and cache_folder(config.reference_cache) is not None
+    return asks_rows and cache_folder(config.reference_cache, "reference") is not None
 
 
 def _bytes(count: int) -> str:

@@ -150,21 +150,32 @@ def _weights(parameters: Parameters) -> dict[str, Tensor]:
 
 def _optimizer_tensors(parameters: Parameters, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
-        f"{role}.{name}.{key}": value.detach().contiguous()
+        f"{role}.{name}.{key}": _tensor(key, value)
         for role, named in parameters.items()
         for name, p in named.items()
         for key, value in optimizer.state.get(p, {}).items()
     }
 
 
+def _tensor(key: str, value: Any) -> Tensor:
+    """A part of an optimizer's state as a file can hold it: some count steps in a plain number, some share their tables."""
+    if not isinstance(value, Tensor):
+        return torch.tensor(value, dtype=torch.int64)
+    return value.detach().clone() if key.startswith("qmap") else value.detach().contiguous()
+
+
 def _load_optimizer(parameters: Parameters, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     optimizer.state.clear()
+    saved: dict[str, dict[str, Tensor]] = {}
+    for full, tensor in tensors.items():
+        name, _, key = full.rpartition(".")
+        saved.setdefault(name, {})[key] = tensor
     for role, named in parameters.items():
         for name, p in named.items():
-            prefix = f"{role}.{name}."
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if prefix + key in tensors:
-                    optimizer.state[p][key] = tensors[prefix + key].to(p.device)
+            for key, tensor in saved.get(f"{role}.{name}", {}).items():
+                plain = tensor.dtype == torch.int64
+                place = p.device if key == "step" else getattr(optimizer, "state_device", p.device)
+                optimizer.state[p][key] = int(tensor) if plain else tensor.to(place)
 
 
 def _checksum(path: Path) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ class Run:
         pretraining: texts for the loss that ``method.ptx_coef`` mixes in, and ``collate_pretraining`` for them.
         starts_at_reference: policy and reference begin as the same weights; then KL 0 is checked before the first step.
         dtype: that the forward passes compute in, "float32" or "bfloat16".
+        awake: a block within which frozen roles that rest elsewhere are on the device.
         best: step and value of the best evaluation.
         stopped: why the run ended, once it has.
         ahead: draws the next batch while one is trained on, where ``settings.rollouts_ahead`` asks for it.
@@ -75,6 +77,7 @@ class Run:
     starts_at_reference: bool = False
     dtype: str = "float32"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    awake: Callable[[], AbstractContextManager[None]] = nullcontext
     best: dict[str, float] = field(default_factory=dict)
     stopped: str | None = None
     ahead: Ahead | None = None
@@ -240,7 +243,7 @@ def _prepared(run: Run, step: int, clock: _Clock) -> Batch:
         else:
             sampled = _collect(run, items, settings.seed, step, *again)
         clock.lap("time/rollout" if run.rollout else "time/collate")
-        with torch.no_grad():
+        with torch.no_grad(), run.awake():
             part = run.method.prepare(run.models, sampled)
         clock.lap("time/prepare")
         whole = part if whole is None else joined(whole, part)
@@ -329,7 +332,8 @@ def evaluate(run: Run) -> dict[str, float]:
         starts.pop()
     for start, end in zip(starts, [*starts[1:], len(run.validation)], strict=True):
         batch = _collect(run, run.validation[start:end], run.settings.seed, -1, start)
-        batch = run.method.prepare(run.models, batch)
+        with run.awake():
+            batch = run.method.prepare(run.models, batch)
         found = dict(getattr(batch, "metrics", {}))
         if run.rollout is None:
             for micro in microbatches(batch, run.settings.microbatch_tokens(run.device.type)):

@@ -11,6 +11,8 @@ from palate.errors import ConfigError
 if TYPE_CHECKING:
     from palate.types import Method
 
+OPTIMIZERS = ("adamw", "adamw_8bit", "adamw_offload")
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -31,6 +33,9 @@ class TrainingSettings:
             memory for activations, a step about a third longer, the same gradients. For long rows and big models.
         weight_decay: AdamW's, on matrices only (not on norms, biases and embeddings).
         beta1, beta2, epsilon: AdamW's.
+        optimizer: "adamw"; "adamw_8bit" = its two moments in 8 bits each (2 bytes a weight instead of 8 in float32; needs
+            ``palate[optim]``; slower on a CPU); "adamw_offload" = its moments in the computer's memory between updates (no
+            byte of the GPU's; the same numbers; no effect on a CPU).
         max_grad_norm: the gradient is scaled down to this norm; 0 = never.
         eval_every: batches between evaluations; a number below 1 is a share of all batches; 0 = only at the end.
         save_every: batches between checkpoints, likewise; 0 = only at the end.
@@ -62,6 +67,7 @@ class TrainingSettings:
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
+    optimizer: str = "adamw"
     max_grad_norm: float = 1.0
     eval_every: float = 0.1
     save_every: float = 0.1
@@ -82,6 +88,7 @@ class TrainingSettings:
         _require(
             self.schedule in ("cosine", "linear", "constant"), "schedule", self.schedule, "cosine, linear, constant"
         )
+        _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, ", ".join(OPTIMIZERS))
         _require(self.best_is in ("lowest", "highest"), "best_is", self.best_is, "lowest or highest")
         _require(self.rollouts_ahead in (0, 1), "rollouts_ahead", self.rollouts_ahead, "0 or 1")
         _require(self.importance in ("sequence", "token"), "importance", self.importance, "sequence or token")
