@@ -195,9 +195,10 @@ class _Engine:
                     enforce_eager=device.type == "cpu",  # compiling takes minutes there
                     seed=0,  # every request has its own
                 )
-                self.llm.apply_model(self._divide_logits)
+                (self.parts,) = self.llm.apply_model(self._divide_logits)
 
-    def _divide_logits(self, served: Any) -> None:
+    def _divide_logits(self, served: Any) -> set[str]:
+        """Of vLLM's model; returns the names of its parts."""
         plain = served.compute_logits
 
         def compute_logits(*args: Any, **kwargs: Any) -> Any:
@@ -205,14 +206,16 @@ class _Engine:
             return logits if self.temperature == 1 or logits is None else logits.float() / self.temperature
 
         served.compute_logits = compute_logits
+        return {name for name, _ in served.named_children()}
 
     def take_weights(self, model: nn.Module) -> None:
         """The model's weights, whatever they are now, into the engine; what was computed with older ones is forgotten."""
         if _kind(model) != self.kind:
             raise ModelError(f"the engine was made for {_named(self.kind)} and is given {_named(_kind(model))}.")
         with torch.no_grad(), _vllm_errors("cannot take the weights"):
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(served_weights(model).items())})
-            self.llm.reset_prefix_cache()
+            weights = iter(served_weights(model, self.parts).items())
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            assert self.llm.reset_prefix_cache(), "a request of an earlier call still runs"
 
     def draw(
         self,
@@ -257,18 +260,21 @@ def _finished(engine: Any, rows: int, progress: Callable[[int, int], None] | Non
 # --- the model -------------------------------------------------------------------------------------------------------
 
 
-def served_weights(model: nn.Module) -> Mapping[str, Tensor]:
+def served_weights(model: nn.Module, parts: set[str]) -> Mapping[str, Tensor]:
     """All weights under the names that the model's folder would have, an adapter added in; views where nothing changes.
 
+    Args:
+        parts: of vLLM's model. A head that is the embedding stands in no folder, but where vLLM has such a part it must be
+            given: on a CPU it keeps the head's weights once more, packed.
     Raises:
         ModelError: the model has an adapter that is not a LoRA.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    inner = base_of(model) if is_adapted(model) else model
+    inner = base_of(model)
     weights = merged_weights(model) if is_adapted(model) else model.state_dict()
-    copies = getattr(inner, "all_tied_weights_keys", {})  # a head that is the embedding stands in no file
-    weights = {name: weight for name, weight in weights.items() if name not in copies}
+    copies = getattr(inner, "all_tied_weights_keys", {})
+    weights = {name: w for name, w in weights.items() if name not in copies or name.partition(".")[0] in parts}
     # transformers keeps some models (mixtures of experts) in other tensors than their files have.
     return revert_weight_conversion(inner, weights)
 
