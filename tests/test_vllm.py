@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +263,14 @@ def test_the_next_call_samples_with_the_weights_of_then(engine: VllmSampler, mod
     again = draw(engine, old)
     assert same(before, again)
     torch.testing.assert_close(before.extras["sampler_logprobs"], again.extras["sampler_logprobs"], atol=0, rtol=0)
+
+
+def test_calls_from_two_threads_each_sample_their_own_weights(engine: VllmSampler) -> None:
+    models = [build(LLAMA), moved(build(LLAMA))]
+    alone = [draw(engine, model) for model in models]
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(lambda n: draw(engine, models[n % 2]), range(6)))
+    assert all(same(tokens, alone[n % 2]) for n, tokens in enumerate(together))
 
 
 def test_what_was_cached_of_older_weights_is_forgotten() -> None:

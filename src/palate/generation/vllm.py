@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 _PREFERRED = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "CRITICAL", "VLLM_NO_USAGE_STATS": "1"}
 # Mean difference, nats a token, from the trainer's log-probs that rounding explains; other weights are far beyond it.
 _ROUNDING = {torch.float32: 0.01, torch.bfloat16: 0.3, torch.float16: 0.1}
+_CPU = torch.device("cpu")  # where vLLM's answers are
 _BLOCK = 128  # tokens; the cache's blocks are this large on a CPU, smaller elsewhere
 
 
@@ -57,6 +59,7 @@ class VllmSampler:
     def __init__(self, max_length: int | None = None) -> None:
         self.max_length = max_length
         self._engine: _Engine | None = None
+        self._alone = Lock()  # a call brings its own weights: another must not come between them and the samples
 
     def __call__(
         self,
@@ -93,22 +96,23 @@ class VllmSampler:
         check_room(prompts, context, records)
         seed = _seed(generator) if settings.temperature else None
         if not prompts:
-            return _tokens(prompts, samples_per_prompt, Drawn.empty(0, 1), _device(model), records)
-        first = self._engine is None
-        if self._engine is None:
-            longest = min(context_length(model), self.max_length or context_length(model))
-            self._engine = _Engine(model, longest, max_batch_rows)
-        self._engine.take_weights(model)
-        requests = _requests(
-            [len(prompt) for prompt in prompts],
-            settings,
-            copies=samples_per_prompt,
-            stop=sorted(set(stop_token_ids)),
-            context=context,
-            seeds=_seeds(seed, numbers or [(p, 0) for p in range(len(prompts))], samples_per_prompt),
-        )
-        rows = [list(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
-        drawn = self._engine.draw(rows, requests, settings, set(stop_token_ids), progress)
+            return _tokens(prompts, samples_per_prompt, Drawn.empty(0, 1, _CPU), _device(model), records)
+        with self._alone:
+            first = self._engine is None
+            if self._engine is None:
+                longest = min(context_length(model), self.max_length or context_length(model))
+                self._engine = _Engine(model, longest, max_batch_rows)
+            self._engine.take_weights(model)
+            requests = _requests(
+                [len(prompt) for prompt in prompts],
+                settings,
+                copies=samples_per_prompt,
+                stop=sorted(set(stop_token_ids)),
+                context=context,
+                seeds=_seeds(seed, numbers or [(p, 0) for p in range(len(prompts))], samples_per_prompt),
+            )
+            rows = [list(prompt) for prompt in prompts for _ in range(samples_per_prompt)]
+            drawn = self._engine.draw(rows, requests, settings, set(stop_token_ids), progress)
         tokens = _tokens(prompts, samples_per_prompt, drawn, _device(model), records)
         if first:
             _check_first_look(model, tokens, settings)
@@ -215,7 +219,8 @@ class _Engine:
         with torch.no_grad(), _vllm_errors("cannot take the weights"):
             weights = iter(served_weights(model, self.parts).items())
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
-            assert self.llm.reset_prefix_cache(), "a request of an earlier call still runs"
+            forgotten = self.llm.reset_prefix_cache()
+        assert forgotten, "a request of an earlier call still runs"
 
     def draw(
         self,
@@ -227,7 +232,7 @@ class _Engine:
     ) -> Drawn:
         """A response to each row of token ids, in the rows' order."""
         self.temperature = settings.temperature or 1.0
-        drawn = Drawn.empty(len(rows), settings.max_new_tokens)
+        drawn = Drawn.empty(len(rows), settings.max_new_tokens, _CPU)
         engine = self.llm.llm_engine
         with torch.no_grad(), _random_numbers_kept(), _vllm_errors("cannot sample"):
             names = self.llm.enqueue([{"prompt_token_ids": ids} for ids in rows], list(requests), use_tqdm=False)
