@@ -63,7 +63,10 @@ LLAMA = LlamaConfig(**_SMALL, num_key_value_heads=1)
 OTHERS: dict[str, PreTrainedConfig] = {
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=2, n_positions=96, initializer_range=0.3),
     "qwen2_tied": Qwen2Config(**_SMALL, num_key_value_heads=1, tie_word_embeddings=True),
-    "gemma2_tied_without_a_head": Gemma2Config(**_SMALL, num_key_value_heads=1, head_dim=32),
+    # Without the soft cap of its attention, which transformers leaves out with SDPA and vLLM does not.
+    "gemma2_tied_without_a_head": Gemma2Config(
+        **_SMALL, num_key_value_heads=1, head_dim=32, attn_logit_softcapping=None
+    ),
     "mistral_window": MistralConfig(**_SMALL, num_key_value_heads=2, sliding_window=7),
     "gemma3_mixed_windows": Gemma3TextConfig(
         **_SMALL,
