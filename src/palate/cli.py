@@ -209,6 +209,7 @@ def sample(
     chat_template: Template = None,
     dtype: Annotated[str, DTYPE] = "float32",
     device: Annotated[str, DEVICE] = "auto",
+    engine: Annotated[str, typer.Option("--engine", help="embedded, or vllm (optional package).")] = "embedded",
     overwrite: Force = False,
     as_json: JsonFlag = False,
 ) -> None:
@@ -229,6 +230,8 @@ def sample(
     if k is not None or store is not None:
         if samples != 1:
             raise ConfigError("--samples counts every response, --k different ones. Give one of them.")
+        if engine != "embedded":
+            raise ConfigError("--k draws with the embedded sampler. Leave --engine out.")
         sample_candidates(
             model,
             prompts,
@@ -257,6 +260,7 @@ def sample(
         chat_template=chat_template,
         dtype=dtype,
         device=device,
+        engine=engine,
         progress=_progress("sampling"),
     )
     write_lines(out, records, overwrite=overwrite)

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, TypeAdapter, Val
 
 from palate.environment import EnvironmentSettings
 from palate.errors import ConfigError
+from palate.generation.engines import EngineName
 from palate.generation.settings import SamplingSettings
 from palate.lookup import method_class
 from palate.method_docs import Setting, settings_of
@@ -151,6 +152,11 @@ class RunConfig(BaseModel):
     device: str = Field("auto", description='"cpu", "cuda", "cuda:1"; "auto" = cuda where there is one')
     data: DataSettings = Field(default_factory=DataSettings)
     sampling: SamplingSettings = Field(default_factory=SamplingSettings)
+    engine: EngineName = Field(
+        "embedded",
+        description='what draws the responses: "embedded" (palate\'s own sampler) or "vllm" (an optional package; the '
+        "policy alone, no mixtures)",
+    )
     environment: EnvironmentSettings | None = Field(
         None, description="what answers the policy in conversations of several turns; null = one response a prompt"
     )

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from palate.config import RunConfig
 from palate.defaults import default_learning_rate
 from palate.errors import ConfigError
+from palate.generation.engines import check_engine
 from palate.training.settings import check_ahead
 
 MOST_TOKENS = 1024  # of prompt and response where nobody says: longer rows cost memory that few laptops have
@@ -98,8 +99,29 @@ def require_all(config: RunConfig) -> None:
             "that reads prompts."
         )
     check_ahead(config.training, method, environment=config.environment is not None)
+    if config.engine == "vllm":
+        _require_engine(config)
     if isinstance(config.model, dict) and config.tokenizer is None:
         raise ConfigError("a model from scratch has no tokenizer of its own. Give --tokenizer FOLDER.")
+
+
+def _require_engine(config: RunConfig) -> None:
+    """vLLM is there, and the method draws from the policy alone."""
+    name, method = config.method.name, config.method.settings
+    others = sorted({"reference", "mixture"}.intersection(getattr(method, "drawn_by", ())))
+    if others:
+        raise ConfigError(
+            f'engine: {name} draws from a {" and a ".join(others)} too, and "vllm" samples the policy alone. Set '
+            "engine=embedded."
+        )
+    if "policy" not in method.needs:
+        raise ConfigError(f"engine: {name} trains no policy, so there is nobody to sample. Leave it out.")
+    if config.training.rollouts_ahead:
+        raise ConfigError(
+            'engine: "vllm" draws while nothing else computes; training.rollouts_ahead = 1 needs the embedded sampler. Set '
+            "training.rollouts_ahead=0 or engine=embedded."
+        )
+    check_engine(config.engine)
 
 
 def _best_device() -> str:

@@ -19,6 +19,7 @@ from palate.data.chat import Chat
 from palate.data.collate import Item, collate, encode_records, prompt_ids
 from palate.data.kinds import Prompt
 from palate.evaluation.reward_model import RewardModelReport, evaluate_reward_model
+from palate.generation.engines import Engine
 from palate.generation.sampler import sample
 from palate.models.forward import response_scores, score_responses
 from palate.models.heads import normalise
@@ -103,8 +104,10 @@ def _pairs(batch: Any) -> list[tuple[int, int]]:
 class Witness:
     """The policy's responses to the same few prompts, before and after training."""
 
-    def __init__(self, config: RunConfig, chat: Chat, items: Sequence[Item], reward: Any) -> None:
-        self.config, self.chat = config, chat
+    def __init__(
+        self, config: RunConfig, chat: Chat, items: Sequence[Item], reward: Any, engine: Engine = sample
+    ) -> None:
+        self.config, self.chat, self.engine = config, chat, engine
         self.reward = None if compares(reward) else reward  # one that compares has no score of a response alone
         records = [Prompt(item.record.prompt, _fields(item.record), item.record.source) for item in items[:SHOWN]]
         length = max(2, (config.data.max_length or 0) - config.sampling.max_new_tokens)
@@ -113,7 +116,7 @@ class Witness:
     @torch.no_grad()
     def responses(self, policy: nn.Module, step: int, when: str) -> list[dict[str, Any]]:
         """Entries for samples.jsonl; the same seed both times, so that only the weights differ."""
-        rollout = rollout_of(self.config, policy, self.chat)
+        rollout = rollout_of(self.config, policy, self.chat, engine=self.engine)
         tokens = rollout(self.items, self.config.training.seed, _SEED)
         scores = None if self.reward is None else score_responses(self.reward, tokens).scores.tolist()
         entries = []

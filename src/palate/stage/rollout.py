@@ -20,7 +20,7 @@ def rollout_of(
 
     Args:
         policy: who speaks. samples_per_prompt: rows a prompt.
-        drawers: further attributes of ``Rollout``: who else draws.
+        drawers: further attributes of ``Rollout``: who else draws, and with which engine.
     Raises:
         ConfigError: the environment that the settings name is none.
     """

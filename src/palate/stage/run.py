@@ -18,6 +18,8 @@ from palate.config import RunConfig
 from palate.data.chat import Chat
 from palate.data.collate import Item, collate
 from palate.errors import ConfigError
+from palate.generation.engines import Engine, engine_of
+from palate.generation.sampler import sample
 from palate.health.alarm import History, text
 from palate.health.watch import FILE as ALARMS
 from palate.health.watch import alarmed
@@ -59,6 +61,7 @@ class Stage(NamedTuple):
     conversations: bool  # some prompt is a conversation
     account: list[str]  # what was read, cut and dropped, for the card
     origins: list[str]  # of records out of a store of feedback: which events, whose answers
+    engine: Engine = sample  # what samples the policy; one for the whole run
 
     @property
     def trained(self) -> nn.Module:
@@ -114,7 +117,7 @@ def _train(stage: Stage, say: Say, quiet: bool) -> None:
     witness = before = None
     if stage.models.policy is not None:
         shown = stage.items.validation or stage.items.train
-        witness = outcome.Witness(config, stage.chat, shown, stage.models.reward)
+        witness = outcome.Witness(config, stage.chat, shown, stage.models.reward, stage.engine)
         before = witness.responses(stage.models.policy, 0, "before")
     run = loop_run(reference_asked_once(stage, say))
     resting = put_to_rest(config, stage.models, say)
@@ -185,7 +188,16 @@ def load_stage(config: RunConfig, say: Say) -> Stage:
     config = with_reward_ready(config, models, items, chat, say)
     say(_bill_table(config, models))
     conversations = any(not isinstance(record.prompt, str) for record in sides.train)
-    return Stage(config, chat, models, items, pretraining_items(config, chat, noted, say), conversations, account, origins)
+    pretraining = pretraining_items(config, chat, noted, say)
+    engine = engine_of(config.engine, max_length=_longest(config))
+    return Stage(config, chat, models, items, pretraining, conversations, account, origins, engine)
+
+
+def _longest(config: RunConfig) -> int | None:
+    """Tokens of the longest row that is sampled: a conversation of several turns, or a prompt and its response."""
+    prompt, whole = config.data.max_prompt_length, config.data.max_length
+    rows = [whole, None if prompt is None else prompt + config.sampling.max_new_tokens]
+    return max((length for length in rows if length is not None), default=None)
 
 
 def _check_held_out(config: RunConfig, items: Sides) -> None:
@@ -280,6 +292,7 @@ def loop_run(stage: Stage) -> Run:
             drawn_by=getattr(method, "drawn_by", ("policy",)),
             reference=stage.models.reference,
             mixture=getattr(method, "mixture", 0.0),
+            engine=stage.engine,
         )
     return Run(
         folder=config.out,

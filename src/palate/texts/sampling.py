@@ -10,7 +10,8 @@ from palate.data.collate import encode_records, prompt_ids
 from palate.data.kinds import Prompt, PromptText, Record
 from palate.data.records import read_records
 from palate.errors import ConfigError, DataError
-from palate.generation.sampler import SamplingSettings, sample
+from palate.generation.engines import check_engine, engine_of
+from palate.generation.settings import SamplingSettings
 from palate.settings_tree import closest
 from palate.texts.common import Progress, context_of, policy_with_chat, say_cut
 from palate.training.order import seeded
@@ -42,6 +43,7 @@ def sample_records(
     system: str | None = None,
     dtype: str = "float32",
     device: str = "auto",
+    engine: str = "embedded",
     progress: Progress = None,
 ) -> list[dict[str, Any]]:
     """Responses to prompts, ``samples_per_prompt`` each, in the order of the prompts.
@@ -50,11 +52,13 @@ def sample_records(
         model: folder or hub name.
         prompts: strings, conversations or records; a record's other fields are handed on.
         decoding: fields of ``SamplingSettings``.
+        engine: what samples, "embedded" or "vllm".
     Returns:
         {"prompt", "response", "finished", and the record's fields} for each response.
     """
     if not prompts:
         raise DataError("no prompt to respond to.")
+    check_engine(engine)
     settings = _settings(decoding or {})
     policy, chat = policy_with_chat(model, chat_template, system, dtype, device)
     records = [p if hasattr(p, "source") else Prompt(p) for p in prompts]  # type: ignore[arg-type]
@@ -65,9 +69,11 @@ def sample_records(
         )
     items, report = encode_records(records, "prompts", chat, max_length=max(2, room))  # type: ignore[arg-type]
     say_cut(report, room)
-    tokens = sample(
+    ids = prompt_ids(items)
+    longest = max((len(prompt) for prompt in ids), default=1) + settings.max_new_tokens
+    tokens = engine_of(engine, max_length=longest)(
         policy,
-        prompt_ids(items),
+        ids,
         settings,
         samples_per_prompt=samples_per_prompt,
         stop_token_ids=chat.stop_token_ids,

@@ -22,7 +22,6 @@ from palate.data.kinds import Conversation, Message, Prompt, PromptText, at
 from palate.environment import Environment
 from palate.errors import DataError, ModelError
 from palate.generation.checks import context_length
-from palate.generation.sampler import sample
 from palate.training.order import seeded
 from palate.training.rollouts import Rollout
 from palate.types import Tokens
@@ -69,7 +68,7 @@ class Conversations(Rollout):
             if not speakers:
                 break
             first = turn == 0  # prompts are read once for all their samples
-            drawn = sample(
+            drawn = self.engine(
                 self.policy,
                 prompt_ids(items) if first else [talk.ids for talk in speakers],
                 sampling,

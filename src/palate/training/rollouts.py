@@ -12,6 +12,7 @@ from torch import nn
 
 from palate.data.chat import Chat
 from palate.data.collate import Item, prompt_ids
+from palate.generation.engines import Engine
 from palate.generation.sampler import SamplingSettings, sample
 from palate.training.order import seeded
 from palate.types import Tokens, joined
@@ -35,6 +36,7 @@ class Rollout:
             there are several, ``extras["drawn_by"]`` has each row's.
         reference: the frozen model, or ``AdapterOff(policy)``, where it draws.
         mixture: b, the reference's share, in [0, 1].
+        engine: what samples, ``sampler.sample`` or another that is called like it.
     """
 
     policy: nn.Module
@@ -44,6 +46,7 @@ class Rollout:
     drawn_by: tuple[str, ...] = ("policy",)
     reference: nn.Module | None = None
     mixture: float = 0.0
+    engine: Engine = sample
 
     def __call__(self, items: Sequence[Item], *seed: int, progress: Callable[[int, int], None] | None = None) -> Tokens:
         """Responses to each prompt; the same seed numbers give the same samples, whoever draws beside."""
@@ -67,7 +70,7 @@ class Rollout:
         if who == "greedy":
             sampling, copies = replace(sampling, temperature=0.0), 1
         with torch.no_grad():
-            return sample(
+            return self.engine(
                 self.policy,
                 prompt_ids(items),
                 sampling,
