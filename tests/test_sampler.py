@@ -109,7 +109,7 @@ def test_logprobs_are_right_when_no_row_needs_padding() -> None:
 
 
 def test_logprobs_are_right_when_prompts_are_read_in_several_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("palate.generation.decode._PROMPT_TOKENS_AT_ONCE", {"cpu": 8})
+    monkeypatch.setattr("palate.generation.plain._PROMPT_TOKENS_AT_ONCE", {"cpu": 8})
     model = build("mistral_window")
     tokens = draw(model, samples_per_prompt=2)
     check_logprobs(model, tokens, 1.0)

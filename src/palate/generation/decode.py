@@ -1,25 +1,23 @@
-"""One batch of rows: read every prompt once, then token by token until each row has stopped."""
+"""Rows of many prompts, token by token, until each has stopped; new ones take the places of those that have.
+
+Rows come in batches: some prompts of like length with some samples each. A batch is read as soon as there is room for
+it. Models that ``flat.py`` runs take a small batch whenever so many rows have ended; the others take a large one when
+all have.
+"""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from palate.errors import ModelError
 from palate.generation.draw import draw
 from palate.generation.settings import SamplingSettings
 from palate.generation.voices import Voice, mixed
-
-if TYPE_CHECKING:
-    from palate.generation.cache import RowCache
-
-# Prompt tokens of one forward, padding included. A CPU gains nothing from more and loses by the padding.
-_PROMPT_TOKENS_AT_ONCE = {"cpu": 1024, "cuda": 8192}
 
 
 @dataclass(frozen=True)
@@ -27,10 +25,10 @@ class Drawn:
     """What was sampled, row by row: prompt by prompt, its K samples next to each other.
 
     Attributes:
-        ids: int64 [R, S]; right of a row's length: junk.
-        logprobs: float32 [R, S], nats; see ``draw``.
-        length: int64 [R], tokens drawn, stop token included.
-        finished: bool [R], the last one is a stop token.
+        ids: int64 [N, S]; right of a row's length: junk.
+        logprobs: float32 [N, S], nats; see ``draw``.
+        length: int64 [N], tokens drawn, stop token included.
+        finished: bool [N], the last one is a stop token.
     """
 
     ids: Tensor
@@ -39,7 +37,7 @@ class Drawn:
     finished: Tensor
 
     @classmethod
-    def empty(cls, rows: int, steps: int, device: torch.device | str = "cpu") -> Drawn:
+    def empty(cls, rows: int, steps: int, device: torch.device) -> Drawn:
         return cls(
             torch.zeros(rows, steps, dtype=torch.long, device=device),
             torch.zeros(rows, steps, device=device),
@@ -47,113 +45,125 @@ class Drawn:
             torch.zeros(rows, dtype=torch.bool, device=device),
         )
 
-    def put(self, rows: Tensor, drawn: Drawn) -> None:
-        """Write another's rows into these; S may be smaller there."""
-        rows, steps = rows.to(self.ids.device), drawn.ids.shape[1]
-        self.ids[rows, :steps] = drawn.ids.to(self.ids.device)
-        self.logprobs[rows, :steps] = drawn.logprobs.to(self.ids.device)
-        self.length[rows] = drawn.length.to(self.ids.device)
-        self.finished[rows] = drawn.finished.to(self.ids.device)
+
+class Batch(NamedTuple):
+    """Rows that begin together: the prompts, the shortest first, and their rows' numbers, prompt by prompt."""
+
+    prompts: list[Sequence[int]]
+    rows: Tensor  # int64 [P K]
+
+
+class Rows(NamedTuple):
+    """What every row is given.
+
+    Attributes:
+        uniform: rows' numbers int64 [R] -> their random numbers float64 [R, S], one for each step.
+        limit: int64 [N], tokens that a row may draw, 1 to S.
+        before: int64 [N], tokens of its prompt.
+    """
+
+    uniform: Callable[[Tensor], Tensor]
+    limit: Tensor
+    before: Tensor
+
+
+class Steps(Protocol):
+    """One model and the keys and values of the rows that it is reading. All row orders are the callers' and agree."""
+
+    refills: bool  # more rows may come while others are on their way
+
+    def read(self, prompts: Sequence[Sequence[int]], copies: int, steps: int) -> Tensor:
+        """Take ``copies`` rows more of each prompt, behind those that are there; the logits [P, V] after the prompts."""
+
+    def step(self, tokens: Tensor, position: Tensor) -> Tensor:
+        """Read one token more of every row, int64 [R], at its position in the row; the logits [R, V] after it."""
+
+    def drop(self, done: Tensor) -> Tensor:
+        """Forget rows, bool [R]; returns of each row that is left its number before."""
 
 
 def decode(
     voices: Sequence[Voice],
-    prompts: Sequence[Sequence[int]],
+    steps: Sequence[Steps],
+    batches: Iterable[Batch],
+    rows: Rows,
     settings: SamplingSettings,
     *,
-    copies: int,
-    uniform: Tensor,
     stop: Tensor,
-    limit: Tensor,
+    max_rows: int,
     ended: Callable[[int], None],
 ) -> Drawn:
-    """Sample ``copies`` responses to each prompt. To be called under ``torch.no_grad`` with the models in eval mode.
+    """Sample every row. To be called under ``torch.no_grad`` with the models in eval mode.
 
     Args:
-        voices: the models whose distribution is drawn from; each has a cache of its own.
-        prompts: P token lists, the shortest first (for prompts of like length are read together).
-        copies: K; R = P K rows.
-        uniform: float64 [R, >= max(limit)], the random numbers of each row and step.
+        voices: the models whose distribution is drawn from, with their ``steps``.
+        batches: of at most ``max_rows`` rows each.
         stop: int64 [any], tokens that end a response.
-        limit: int64 [R], tokens that each row may draw, >= 1.
+        max_rows: that are decoded at once.
         ended: called with the number of rows that ended, whenever some did.
     """
-    from palate.generation.cache import RowCache  # imports transformers
-
-    device, steps = limit.device, int(limit.max())
-    length = torch.tensor([len(prompt) for prompt in prompts], device=device).repeat_interleave(copies)
-    width, rows = len(prompts[-1]), len(length)
-    size = {"rows": rows, "columns": width + steps, "copies": copies, "width": width}
-    caches = [RowCache(**size, values_upright=voice.values_upright) for voice in voices]
-    forwards = [_forward(voice, cache) for voice, cache in zip(voices, caches, strict=True)]
-    # Without padding no mask is needed, and attention is faster.
-    mask = _left_mask(length, width, width + steps) if int(length.min()) < width else None
-    read = [_read_prompts(forward, prompts, cache, device) for forward, cache in zip(forwards, caches, strict=True)]
-    logits = mixed(voices, read).repeat_interleave(copies, 0)
-    drawn, alive = Drawn.empty(rows, steps, device), torch.arange(rows, device=device)
-    for step in range(steps):
-        forbidden = stop if step < settings.min_new_tokens and len(stop) else None
-        tokens, logprobs = draw(logits, uniform[alive, step], settings, forbidden)
-        drawn.ids[alive, step], drawn.logprobs[alive, step] = tokens, logprobs
-        stopped = torch.isin(tokens, stop)
-        done = stopped | (limit[alive] == step + 1)
-        if done.any():
-            drawn.length[alive[done]], drawn.finished[alive[done]] = step + 1, stopped[done]
-            left, *_ = [cache.drop(done) for cache in caches]  # the same of all
-            ended(len(alive) - len(left))
-            alive, tokens = alive[left], tokens[left]
-            mask = None if mask is None else mask[left]
-            if not len(left):
-                break
-        for cache in caches:
-            cache.read_tokens(len(alive))
-        position = (length[alive] + step)[:, None]
-        logits = mixed(voices, [forward(tokens[:, None], position, mask) for forward in forwards])
+    device = rows.limit.device
+    drawn = Drawn.empty(len(rows.limit), int(rows.limit.max()) if len(rows.limit) else 0, device)
+    waiting, alive = deque(batches), _Alive.none(device)
+    while waiting or len(alive.row):
+        if len(alive.row):
+            position = rows.before[alive.row] + alive.step - 1
+            alive = alive.draw(mixed(voices, [each.step(alive.token, position) for each in steps]), settings, stop)
+            alive = _note(drawn, alive, rows, steps, stop, ended)
+        while waiting and _fits(len(waiting[0].rows), len(alive.row), steps, max_rows):
+            batch = waiting.popleft()
+            copies, most = len(batch.rows) // len(batch.prompts), int(rows.limit[batch.rows].max())
+            logits = mixed(voices, [each.read(batch.prompts, copies, most) for each in steps])
+            new = _Alive.begin(batch.rows, rows).draw(logits.repeat_interleave(copies, 0), settings, stop)
+            alive = _note(drawn, alive.and_then(new), rows, steps, stop, ended)
     return drawn
 
 
-def _left_mask(length: Tensor, width: int, columns: int) -> Tensor:
-    """True from the column where a row's prompt begins; bool [R, columns]."""
-    return torch.arange(columns, device=length.device) >= width - length[:, None]
+def _fits(more: int, alive: int, steps: Sequence[Steps], max_rows: int) -> bool:
+    return not alive or (alive + more <= max_rows and all(each.refills for each in steps))
 
 
-def _read_prompts(forward: Any, prompts: Sequence[Sequence[int]], cache: RowCache, device: torch.device) -> Tensor:
-    """Fill the cache; the logits [P, V] of each prompt's next token."""
-    logits, first, at_once = [], 0, _PROMPT_TOKENS_AT_ONCE.get(device.type, 8192)
-    while first < len(prompts):
-        last = first + 1
-        while last < len(prompts) and (last + 1 - first) * len(prompts[last]) <= at_once:
-            last += 1
-        length = torch.tensor([len(prompt) for prompt in prompts[first:last]], device=device)
-        width = len(prompts[last - 1])
-        mask = _left_mask(length, width, width)
-        ids = torch.zeros(mask.shape, dtype=torch.long, device=device)
-        ids[mask] = torch.tensor([token for prompt in prompts[first:last] for token in prompt], device=device)
-        cache.read_prompts(first, last)
-        logits.append(forward(ids, (mask.cumsum(-1) - 1).clamp_(min=0), mask))
-        first = last
-    return torch.cat(logits)
+class _Alive(NamedTuple):
+    """Rows on their way."""
+
+    row: Tensor  # int64 [R], their numbers
+    step: Tensor  # int64 [R], tokens drawn
+    token: Tensor  # int64 [R], the last of them
+    logprob: Tensor  # float32 [R], of that
+    uniform: Tensor  # float64 [R, S], random numbers
+
+    @classmethod
+    def none(cls, device: torch.device) -> _Alive:
+        nothing = torch.zeros(0, dtype=torch.long, device=device)
+        return cls(nothing, nothing, nothing, nothing.float(), nothing.double())
+
+    @classmethod
+    def begin(cls, row: Tensor, rows: Rows) -> _Alive:
+        zero = torch.zeros_like(row)
+        return cls(row, zero, zero, zero.float(), rows.uniform(row))
+
+    def draw(self, logits: Tensor, settings: SamplingSettings, stop: Tensor) -> _Alive:
+        """One token more in every row."""
+        held = self.step < settings.min_new_tokens
+        forbidden = stop if settings.min_new_tokens and len(stop) and bool(held.any()) else None
+        uniform = self.uniform.gather(1, self.step[:, None])[:, 0]
+        token, logprob = draw(logits, uniform, settings, forbidden, held)
+        return self._replace(step=self.step + 1, token=token, logprob=logprob)
+
+    def and_then(self, new: _Alive) -> _Alive:
+        return _Alive(*(torch.cat(pair) for pair in zip(self, new, strict=True))) if len(self.row) else new
 
 
-def _forward(voice: Voice, cache: RowCache) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """A function (ids [R, n], positions [R, n], mask [R, all columns] or None) -> logits float32 [R, V]."""
-    model = voice.model
-    core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]  # a PeftModel hides the signature
-    accepted = inspect.signature(core.forward).parameters
-    if "past_key_values" not in accepted:
-        raise ModelError(
-            f"{type(core).__name__} keeps no keys and values (its forward takes no past_key_values), so this sampler "
-            "cannot run it. Use a decoder-only attention model."
-        )
-    fixed: dict[str, Any] = {"past_key_values": cache, "use_cache": True, "return_dict": True}
-    if "logits_to_keep" in accepted:
-        fixed["logits_to_keep"] = 1
-
-    def forward(ids: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is not None:
-            mask = mask[:, : cache.place.past + ids.shape[1]]
-        given = {"position_ids": positions} if "position_ids" in accepted else {}
-        with voice.context():
-            return model(input_ids=ids, attention_mask=mask, **given, **fixed).logits[:, -1].float()
-
-    return forward
+def _note(
+    drawn: Drawn, alive: _Alive, rows: Rows, steps: Sequence[Steps], stop: Tensor, ended: Callable[[int], None]
+) -> _Alive:
+    """Write down what was drawn; the rows that go on."""
+    drawn.ids[alive.row, alive.step - 1], drawn.logprobs[alive.row, alive.step - 1] = alive.token, alive.logprob
+    stopped = (alive.token[:, None] == stop).any(-1)
+    done = stopped | (alive.step == rows.limit[alive.row])
+    if not done.any():
+        return alive
+    drawn.length[alive.row[done]], drawn.finished[alive.row[done]] = alive.step[done], stopped[done]
+    left, *_ = [each.drop(done) for each in steps]  # the same of all
+    ended(len(alive.row) - len(left))
+    return _Alive(*(each[left] for each in alive))

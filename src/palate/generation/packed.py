@@ -2,7 +2,7 @@
 
 A decoding step multiplies the same weights by a few dozen rows, over and over. oneDNN does that up to a third faster
 than the default when it may rearrange the weights first, and rearranging costs less than one step. The packed copies
-live as long as the ``with`` block; small models only, for they take the weights' memory a second time.
+live as long as one sampling; small models only, for they take the weights' memory a second time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,28 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-_MOST_WEIGHTS = 2**28  # numbers: 1 GiB in float32. Larger models are left as they are.
+MOST_WEIGHTS = 2**28  # numbers: 1 GiB in float32. Larger models are left as they are.
+
+
+class Packed:
+    """x W^T + b, float32, from a packed copy of W [out, in], best for ``rows`` rows at once."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        self.bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    def silu(self, x: Tensor) -> Tensor:
+        """SiLU of the product, in the same pass."""
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "swish", [], "")
+
+    def plus(self, x: Tensor, other: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "add")
+
+    def times(self, x: Tensor, other: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "mul")
 
 
 @contextmanager
@@ -23,18 +44,18 @@ def packed_linears(model: nn.Module, rows: int) -> Iterator[None]:
     The weights must not change inside the block: the copies would not.
     """
     linears = [module for module in model.modules() if type(module) is nn.Linear and _packable(module)]
-    if not _available() or sum(module.weight.numel() for module in linears) > _MOST_WEIGHTS:
+    if not available() or sum(module.weight.numel() for module in linears) > MOST_WEIGHTS:
         linears = []
     try:
         for module in linears:
-            module.forward = _packed(module, rows)  # type: ignore[method-assign, assignment]
+            module.forward = _forward(module, rows)  # type: ignore[method-assign, assignment]
         yield
     finally:
         for module in linears:
             vars(module).pop("forward", None)
 
 
-def _available() -> bool:
+def available() -> bool:
     return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -44,11 +65,10 @@ def _packable(module: nn.Linear) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and "forward" not in vars(module)
 
 
-def _packed(module: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
-    weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), rows)
-    bias = module.bias
+def _forward(module: nn.Linear, rows: int) -> Callable[[Tensor], Tensor]:
+    packed = Packed(module.weight, module.bias, rows)
 
     def forward(input: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+        return packed(input)
 
     return forward

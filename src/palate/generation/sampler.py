@@ -1,8 +1,9 @@
 """The embedded sampler: responses of a Hugging Face causal language model, with the log-probs they were drawn at.
 
 Each prompt is read once for all its samples; prompts of like length are read together; rows that have stopped leave the
-batch; keys and values are written in place (``cache.py``). Token ids go in and token ids come out: nothing is decoded
-and tokenised again.
+batch, and others take their places; keys and values are written in place. Llama-shaped models in float32 on the CPU run
+in a step of our own (``flat.py``), all others through their own modules (``plain.py``), one batch after another. Token
+ids go in and token ids come out: nothing is decoded and tokenised again.
 
 What holds for random numbers (``uniform.py``): the same generator state, prompts and weights give the same samples, and
 the generator moves on by one draw however much is sampled. A sample does not depend on the other rows, on
@@ -14,20 +15,22 @@ that happened in no row in fp32 and in one in bf16.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from palate.errors import ModelError
 from palate.generation.checks import check_request, check_room, context_length, name_prompt
-from palate.generation.decode import Drawn, decode
+from palate.generation.decode import Batch, Drawn, Rows, decode
 from palate.generation.settings import SamplingSettings
 from palate.generation.uniform import uniforms
 from palate.generation.voices import ready, voices_of
 from palate.types import Tokens
 
 __all__ = ["SamplingSettings", "sample"]
+
+_TOGETHER = 8  # rows that begin together where others are on their way
 
 
 def sample(
@@ -49,8 +52,9 @@ def sample(
     """Sample ``samples_per_prompt`` responses to each of P prompts.
 
     The model is used as it is (fp32 or bf16, CPU or CUDA, with or without adapters), in eval mode, and left as it was.
-    The cache takes 2 x layers x key-value heads x head size x bytes a number for each row and each token of the batch's
-    longest prompt and ``max_new_tokens``.
+    The cache takes 2 x layers x key-value heads x head size x bytes a number for each row and each token of its prompt
+    and ``max_new_tokens``; in the flat step (``flat.py``) a prompt of several samples is held once, in the others each
+    row is as wide as its batch's longest prompt. The flat step holds a second copy of the weights while it samples.
 
     Args:
         model: a causal language model of transformers, a ``PeftModel`` of one, or ``AdapterOff``. Layers that keep a
@@ -60,8 +64,9 @@ def sample(
         samples_per_prompt: K >= 1; N = P K rows come back.
         stop_token_ids: tokens that end a response, several allowed; none = every response is ``max_new_tokens`` long.
         generator: where the seed is drawn from; one draw a call, none when ``settings.temperature`` is 0.
-        max_batch_rows: rows sampled at once, >= 1; more is faster and takes more memory. K above it is cut in parts,
-            each of which reads the prompt again.
+        max_batch_rows: rows sampled at once, >= 1; more is faster and takes more memory. In the flat step others take
+            the places of those that end, else a batch ends with its longest row. K above it is cut in parts, each of
+            which reads the prompt again.
         records: one fact for each prompt, handed on in ``extras["records"]``; its ``source``, if any, is named in
             errors.
         progress: called with (rows done, N) whenever rows end.
@@ -95,7 +100,7 @@ def sample(
     place = torch.tensor(numbers or [(p, 0) for p in range(len(prompts))], device=device)
     seed = _seed(generator) if settings.temperature else 0
     stop = torch.tensor(sorted(set(stop_token_ids)), dtype=torch.long, device=device)
-    whole, ended = Drawn.empty(rows, settings.max_new_tokens), 0
+    ended = 0
 
     def count(more: int) -> None:
         nonlocal ended
@@ -103,44 +108,41 @@ def sample(
         if progress is not None:
             progress(ended, rows)
 
+    before = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long, device=device)
+    limit = (context - before).clamp(max=settings.max_new_tokens)
+    longest = int((before + limit).max()) if rows else 0
+
+    def uniform(row: torch.Tensor) -> torch.Tensor:
+        prompt, number = row // samples_per_prompt, row % samples_per_prompt
+        return uniforms(seed, place[prompt, 0], place[prompt, 1] + number, int(limit.max()))
+
+    facts = Rows(uniform, *(each.repeat_interleave(samples_per_prompt) for each in (limit, before)))
     # no_grad, not inference_mode: whatever a model keeps of a forward must stay usable in training.
-    with torch.no_grad(), ready(voices, device, min(rows, max_batch_rows)) as able:
-        for batch in _batches(prompts, samples_per_prompt, max_batch_rows):
-            prompt = torch.tensor(batch.prompts, device=device).repeat_interleave(len(batch.samples))
-            number = torch.tensor(batch.samples, device=device).repeat(len(batch.prompts))
-            room = torch.tensor([context - len(prompts[p]) for p in batch.prompts], device=device)
-            limit = room.clamp(max=settings.max_new_tokens).repeat_interleave(len(batch.samples))
-            drawn = decode(
-                able,
-                [prompts[p] for p in batch.prompts],
-                settings,
-                copies=len(batch.samples),
-                uniform=uniforms(seed, place[prompt, 0], place[prompt, 1] + number, int(limit.max())),
-                stop=stop,
-                limit=limit,
-                ended=count,
-            )
-            whole.put(prompt * samples_per_prompt + number, drawn)
-    return _tokens(prompts, samples_per_prompt, whole, device, records)
+    with torch.no_grad(), ready(voices, device, min(rows, max_batch_rows), longest) as steps:
+        together = max_batch_rows
+        if all(each.refills for each in steps):
+            together = min(together, max(_TOGETHER, samples_per_prompt, max_batch_rows // _TOGETHER))
+        batches = _batches(prompts, samples_per_prompt, together, device)
+        drawn = decode(voices, steps, batches, facts, settings, stop=stop, max_rows=max_batch_rows, ended=count)
+    return _tokens(prompts, samples_per_prompt, drawn, device, records)
 
 
 def _seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
 
 
-class _Batch(NamedTuple):
-    prompts: list[int]  # numbers, the shortest prompt first
-    samples: list[int]  # numbers of the samples of each
-
-
-def _batches(prompts: Sequence[Sequence[int]], copies: int, max_rows: int) -> Iterator[_Batch]:
-    """Every (prompt, sample) once: prompts of like length together, a prompt's samples together if they fit."""
+def _batches(
+    prompts: Sequence[Sequence[int]], copies: int, max_rows: int, device: torch.device
+) -> Iterator[Batch]:
+    """Every row once: prompts of like length together, a prompt's samples together if they fit."""
     by_length = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
     for first in range(0, copies, max_rows):
-        samples = list(range(first, min(first + max_rows, copies)))
+        samples = torch.arange(first, min(first + max_rows, copies), device=device)
         at_once = max_rows // len(samples)
         for start in range(0, len(prompts), at_once):
-            yield _Batch(by_length[start : start + at_once], samples)
+            some = by_length[start : start + at_once]
+            rows = torch.tensor(some, device=device)[:, None] * copies + samples
+            yield Batch([prompts[p] for p in some], rows.flatten())
 
 
 def _tokens(
@@ -151,6 +153,7 @@ def _tokens(
     records: Sequence[Any] | None,
 ) -> Tokens:
     """Prompts and responses as right-padded rows; refuses responses drawn from NaN."""
+    drawn = Drawn(*(each.cpu() for each in (drawn.ids, drawn.logprobs, drawn.length, drawn.finished)))
     drawn_mask = torch.arange(drawn.ids.shape[1]) < drawn.length[:, None]
     broken = (drawn.logprobs.isnan() & drawn_mask).any(-1).nonzero()[:, 0].tolist()
     if broken:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from palate.generation.checks import check_request, check_room, context_length
-from palate.generation.decode import _forward
 from palate.generation.draw import draw
+from palate.generation.plain import forward_of
 from palate.generation.sampler import _seed
 from palate.generation.settings import SamplingSettings
 from palate.generation.uniform import uniforms
@@ -55,7 +55,7 @@ def stream(
     uniform = uniforms(_seed(generator) if settings.temperature else 0, zero, zero, steps)
     stop = torch.tensor(sorted(stops), dtype=torch.long, device=device)
     cache = RowCache(rows=1, columns=len(prompt) + steps, copies=1, width=len(prompt))
-    forward = _forward(Voice(model), cache)
+    forward = forward_of(Voice(model), cache)
     cache.read_prompts(0, 1)
     ids = torch.tensor([list(prompt)], dtype=torch.long, device=device)
     positions = torch.arange(len(prompt), device=device)[None]

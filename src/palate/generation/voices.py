@@ -8,15 +8,19 @@ on what may follow; this one can be sampled (Nash-MD, arXiv:2312.00886, section 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from palate.errors import ConfigError, ModelError
 from palate.generation.packed import packed_linears
+
+if TYPE_CHECKING:
+    from palate.generation.decode import Steps
 
 
 class Voice(NamedTuple):
@@ -58,22 +62,51 @@ def _voice(model: nn.Module, weight: float) -> Voice:
 
 
 @contextmanager
-def ready(voices: Sequence[Voice], device: torch.device, rows: int) -> Iterator[list[Voice]]:
-    """The voices as they are to be run for a while: in eval mode, with the fastest layers; afterwards as before."""
-    from palate.generation.attention import one_token_attention  # imports transformers
+def ready(voices: Sequence[Voice], device: torch.device, rows: int, positions: int) -> Iterator[list[Steps]]:
+    """What runs the voices for a while, in eval mode: the flat way if it can run all of them, or their own modules with
+    the fastest layers; afterwards they are as before.
 
-    upright: dict[int, bool] = {}
+    Args:
+        rows: that are decoded at once, at most.
+        positions: tokens of the longest row, at most.
+    """
+    from palate.generation.attention import one_token_attention  # imports transformers
+    from palate.generation.plain import PlainSteps
+
     with ExitStack() as stack:
+        for model in {id(voice.model): voice.model for voice in voices}.values():  # a policy and its AdapterOff: one
+            stack.enter_context(_eval_mode(model))
+        flat = _flat_steps(voices, rows, positions)
+        if flat is not None:
+            yield flat
+            return
+        upright: dict[int, bool] = {}
         for voice in voices:
-            if id(voice.model) in upright:  # a policy and its AdapterOff are one model
-                continue
-            stack.enter_context(_eval_mode(voice.model))
-            stack.enter_context(packed_linears(voice.model, rows))
-            upright[id(voice.model)] = stack.enter_context(one_token_attention(voice.model, device))
+            if id(voice.model) not in upright:
+                stack.enter_context(packed_linears(voice.model, rows))
+                upright[id(voice.model)] = stack.enter_context(one_token_attention(voice.model, device))
         if len(voices) == 1:  # once for all, not at every token
             stack.enter_context(voices[0].context())
             voices = [voices[0]._replace(context=nullcontext)]
-        yield [voice._replace(values_upright=upright[id(voice.model)]) for voice in voices]
+        yield [PlainSteps(voice._replace(values_upright=upright[id(voice.model)])) for voice in voices]
+
+
+_agreed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose flat way was tried
+
+
+def _flat_steps(voices: Sequence[Voice], rows: int, positions: int) -> list[Steps] | None:
+    from palate.generation.flat import FEWEST_POSITIONS, FlatSteps, agrees
+    from palate.generation.flat_weights import weights_of
+
+    steps: list[Steps] = []
+    for voice in voices:
+        with voice.context():
+            weights = weights_of(voice.model, rows, max(positions, FEWEST_POSITIONS))
+            if weights is None or not (voice.model in _agreed or agrees(voice.model, weights)):
+                return None
+        _agreed.add(voice.model)
+        steps.append(FlatSteps(weights))
+    return steps
 
 
 @contextmanager
