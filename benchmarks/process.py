@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -59,6 +60,11 @@ def measured(
                 timeout=limit_s,
                 preexec_fn=limit_memory if device == "cpu" else None,
             )
+            if done.returncode in (
+                -signal.SIGINT,
+                -signal.SIGTERM,
+            ):  # meant for us all: no figure, and no failure either
+                raise KeyboardInterrupt
             error = failure(done.returncode, log) if done.returncode or not out.exists() else None
         except subprocess.TimeoutExpired:
             error = f"longer than {limit_s:.0f} s"

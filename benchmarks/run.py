@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -65,6 +66,7 @@ def main() -> int:
         "runs": without(results["runs"], set(to_do)),
         "skipped": skipped,
     }
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         run_all(to_do, guessed, results, found, args, workload=workload, folder=folder)
         interrupted = False

@@ -8,6 +8,8 @@ import os
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # or its memory would be another process's
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+if int(os.environ.get("OMP_NUM_THREADS") or 0) < (os.cpu_count() or 1):  # else it takes all cores, whatever is asked
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 from command_line import arguments
 from generation_common import NEW_TOKENS, prompts_of
