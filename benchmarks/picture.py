@@ -21,10 +21,10 @@ COLOURS = {
     "transformers continuous batching": "#c9ada7",
     "vLLM": "#e9c46a",
 }
-PANELS = (
-    ("speed_ratio", "tokens per second, multiple of the peer's", 1),
-    ("memory_ratio", "memory above import, share of the peer's", 1),
-    ("share", "share of the matrix-multiply peak, %", 100),
+PANELS = (  # figure, title, factor, and the most that is drawn: a longer bar is cut, its number says how long it is
+    ("speed_ratio", "tokens per second, multiple of the peer's", 1, 12),
+    ("memory_ratio", "memory above import, share of the peer's", 1, 2.5),
+    ("share", "share of the matrix-multiply peak, %", 100, 100),
 )
 
 
@@ -57,16 +57,18 @@ def _bars(rows: Sequence[dict[str, Any]], vocabulary: int, path: Path) -> None:
         if of_job:
             labels[JOBS[job].title] = y - (len(of_job) + 1) / 2
             y += 0.8
-    figure, axes = plt.subplots(1, 3, figsize=(14, 0.8 + 0.21 * y), sharey=True)
-    for ax, (name, title, factor) in zip(axes, PANELS, strict=True):
+    height = 1.5 + 0.2 * y
+    figure, axes = plt.subplots(1, 3, figsize=(14, height), sharey=True)
+    for ax, (name, title, factor, most) in zip(axes, PANELS, strict=True):
         for row in rows:
             if name in row:
-                at = places[row["job"], row["tool"]]
-                ax.barh(at, row[name] * factor, 0.9, color=COLOURS.get(row["tool"], "#bbbbbb"))
+                at, length = places[row["job"], row["tool"]], min(row[name] * factor, most)
+                ax.barh(at, length, 0.9, color=COLOURS.get(row["tool"], "#bbbbbb"))
                 number = f"{row[name] * factor:.0f}" if factor == 100 else f"{row[name]:.2f}"
-                ax.annotate(
-                    number, (row[name] * factor, at), (3, 0), textcoords="offset points", va="center", fontsize=7
-                )
+                number += " →" if length == most else ""
+                paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
+                place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center", "fontsize": 7, "zorder": 3}
+                ax.annotate(number, (length, at), **place, bbox=paper)
             if row["tool"] == "palate":
                 for wanted, limit, _ in wanted_of(row["job"], vocabulary):
                     if wanted == name:
@@ -82,9 +84,9 @@ def _bars(rows: Sequence[dict[str, Any]], vocabulary: int, path: Path) -> None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in shown.values()]
     handles.append(plt.Line2D([], [], color="black", linewidth=1.6))
     threads = rows[0]["threads"]
-    figure.suptitle(f"{threads} thread{'s' * (threads > 1)}", fontsize=11, x=0.01, ha="left")
-    figure.legend(handles, [*shown, "wanted"], loc="lower center", ncols=5, frameon=False, fontsize=8)
-    figure.tight_layout(rect=(0, 0.9 / (0.8 + 0.21 * y) * 0.5, 1, 1))
+    axes[0].set_xlabel(f"{threads} thread{'s' * (threads > 1)}", fontsize=9, loc="left")
+    figure.legend(handles, [*shown, "wanted"], loc="lower center", ncols=3, frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0.7 / height, 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

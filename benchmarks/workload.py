@@ -26,9 +26,10 @@ from typing import Any
 VERSION = 2  # part of the finished mark: a workload of another version is made anew
 MAX_LENGTH = 512
 MAX_PROMPT = 192
+HIDDEN, INTERMEDIATE, LAYERS, HEADS = 288, 768, 6, 6
 # Millions of parameters -> hidden, intermediate, layers, heads. At a vocabulary of 8,192: 10.7, 34, 98, 497, 1,450 million.
 SIZES = {
-    10: (288, 768, 6, 6),
+    10: (HIDDEN, INTERMEDIATE, LAYERS, HEADS),
     30: (512, 1408, 8, 8),
     100: (768, 2048, 12, 12),
     500: (1280, 3456, 24, 20),
