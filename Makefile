@@ -1,6 +1,6 @@
 # make demo   the whole pipeline in a small world of its own: SFT, reward model, PPO, DPO, evaluation (about 3 minutes)
 # make test   the test suite           make lint   ruff and mypy
-# make bench  speed and memory beside peers, an hour or two (ARGS=--quick for a try)
+# make bench  speed and memory beside peers, a night (ARGS=--quick for a try, ARGS=--plan for a list)
 # make format ruff's layout            make wheel  build the package       make clean  forget the environment
 #
 # Each does its own set-up the first time: a virtual environment in .venv with the exact versions of requirements.lock.

@@ -71,26 +71,30 @@ def kto(shape: Shape, pairs: Sequence[tuple[int, int, int]]) -> float:
     return total
 
 
-def group(shape: Shape, prompts: Sequence[int], response: int, size: int) -> float:
+def group(shape: Shape, prompts: Sequence[int], response: int, size: int) -> dict[str, float]:
     """Operations of one step of a critic-free method: ``size`` responses a prompt, which is read once for all of them.
 
-    Sampling (its log-probs serve as old log-probs), a forward of the reference, one training pass.
+    By phase: sampling (its log-probs serve as old log-probs), a forward of the reference, one training pass.
     """
     rows = sum(shape.body * (prompt + size * response) + shape.head * size * response for prompt in prompts)
-    return rows * (2.0 + 2.0 + 6.0)
+    return {"generation": 2.0 * rows, "scoring": 2.0 * rows, "update": 6.0 * rows}
 
 
-def ppo(shape: Shape, prompts: Sequence[int], response: int, epochs: int) -> float:
-    """Operations of one PPO iteration: sample (its log-probs serve as old log-probs), score, update.
+def ppo(shape: Shape, prompts: Sequence[int], response: int, epochs: int) -> dict[str, float]:
+    """Operations of one PPO iteration by phase: sample (its log-probs serve as old log-probs), score, update.
 
     Scoring is a forward of the reference, the reward model and the value model; the update trains policy and value
     ``epochs`` times over every row.
     """
-    total = 0.0
-    for prompt in prompts:
-        rows, head = shape.body * (prompt + response), shape.head * response
-        sampling = 2.0 * (rows + head)
-        scoring = 2.0 * (rows + head) + 2 * 2.0 * rows
-        update = epochs * 6.0 * (2 * rows + head)
-        total += sampling + scoring + update
-    return total
+    rows = sum(shape.body * (prompt + response) for prompt in prompts)
+    head = len(prompts) * shape.head * response
+    return {
+        "generation": 2.0 * (rows + head),
+        "scoring": 2.0 * (rows + head) + 2 * 2.0 * rows,
+        "update": epochs * 6.0 * (2 * rows + head),
+    }
+
+
+def generation(shape: Shape, prompts: Sequence[int], response: int, size: int) -> float:
+    """Operations of sampling ``size`` responses of so many tokens to each prompt, which is read once for all of them."""
+    return group(shape, prompts, response, size)["generation"]

@@ -1,15 +1,17 @@
 """What a measured process writes down: wall time of every step, of phases within it, tokens, memory.
 
-Used inside every measured process, palate's and the peers', so it imports the standard library only.
+Used inside every measured process, palate's and the peers', so it imports the standard library only. Where the process
+works on a GPU, clocks are read when the GPU has finished, and its own peak of allocated memory is written down too.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,19 @@ def peak_mb() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def gpu() -> Any:
+    """``torch.cuda`` if this process has begun to use a GPU, else None; torch is not imported for the question."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+def now() -> float:
+    """Seconds on a clock, when all work given to a GPU is done."""
+    if (cuda := gpu()) is not None:
+        cuda.synchronize()
+    return time.perf_counter()
+
+
 class Probe:
     """Collects the figures of one run and writes them as JSON.
 
@@ -41,6 +56,7 @@ class Probe:
         self.facts: dict[str, Any] = {"steps": []}
         self._phases: dict[str, float] = {}
         self._tokens = 0
+        self._inner = 0.0  # seconds of phases inside the one that is running
         self._started = time.perf_counter()
         self._last: float | None = None
         self._cpu = 0.0
@@ -52,29 +68,46 @@ class Probe:
 
     def begin(self) -> None:
         """The next step starts now."""
-        self._last, self._cpu = time.perf_counter(), time.process_time()
+        self._last, self._cpu = now(), time.process_time()
         self.facts.setdefault("ready_s", self._last - self._started)
 
     def tokens(self, count: int) -> None:
-        """Real (non-padding) tokens trained on, added to the current step."""
+        """Real (non-padding) tokens trained on or drawn, added to the current step."""
         self._tokens += count
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Seconds of a part of the current step, e.g. "generation"."""
-        started = time.perf_counter()
+        """Seconds of a part of the current step, e.g. "generation"; a phase inside another counts for itself alone."""
+        outside, self._inner = self._inner, 0.0
+        started = now()
         try:
             yield
         finally:
-            self.add(name, time.perf_counter() - started)
+            spent = now() - started
+            self.add(name, spent - self._inner)
+            self._inner = outside + spent
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, with its time noted as a phase."""
+
+        @functools.wraps(function)
+        def timed(*positional: Any, **named: Any) -> Any:
+            with self.phase(name):
+                return function(*positional, **named)
+
+        return timed
 
     def add(self, name: str, seconds: float) -> None:
         self._phases[name] = self._phases.get(name, 0.0) + seconds
 
+    def rest(self, name: str) -> None:
+        """What the current step took outside all phases so far is this phase's."""
+        self.add(name, self.seconds() - sum(self._phases.values()))
+
     def seconds(self) -> float:
         """Since the current step began."""
         assert self._last is not None, "begin() comes first"
-        return time.perf_counter() - self._last
+        return now() - self._last
 
     def step(self, **metrics: float) -> None:
         """A step ended: note it and begin the next."""
@@ -86,4 +119,7 @@ class Probe:
     def write(self, **facts: Any) -> None:
         """Write everything to the file; the last thing a measured process does."""
         total = time.perf_counter() - self._started
-        self.out.write_text(json.dumps({**self.facts, "peak_mb": peak_mb(), "total_s": total, **facts}, indent=1))
+        facts |= {"peak_mb": peak_mb(), "total_s": total}
+        if (cuda := gpu()) is not None:
+            facts["gpu_mb"] = cuda.max_memory_allocated() / 2**20
+        self.out.write_text(json.dumps({**self.facts, **facts}, indent=1))

@@ -1,4 +1,4 @@
-"""From ``results.json`` to the table and the picture: ``python benchmarks/report.py FOLDER``.
+"""From ``results.json`` to the tables and the pictures: ``python benchmarks/report.py FOLDER``.
 
 Of each run the first steps are left out (warm-up: allocators, lazily loaded code). Rates are sums over the other steps,
 not means of rates. A row shows the median of its runs.
@@ -9,186 +9,227 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import needed
-from workload import HIDDEN, INTERMEDIATE, LAYERS
+import scaling
+from catalogue import JOBS, Wanted
+from workload import SIZES
 
-TITLES = {
-    "sft": "SFT",
-    "reward": "reward model (BT)",
-    "dpo": "DPO",
-    "dpo_cached": "DPO, reference cached",
-    "kto": "KTO",
-    "orpo": "ORPO",
-    "grpo": "GRPO",
-    "rloo": "RLOO",
-    "online_dpo": "online DPO",
-    "ppo": "PPO",
-}
-SAMPLING = ("grpo", "rloo", "online_dpo", "ppo")
 PHASES = ("generation", "scoring", "update")
+Row = dict[str, Any]
 
 
-def summary(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row for each (threads, job, tool), with ratios to TRL as shipped."""
-    peaks = {
-        threads: max(run["gflops"] for run in results["runs"] if run["threads"] == threads)
-        for threads in {run["threads"] for run in results["runs"]}
-    }
-    groups: dict[tuple[int, str, str], list[dict[str, Any]]] = {}
-    for run in results["runs"]:
+def summary(results: Row) -> list[Row]:
+    """One row for each (threads, job, tool), with ratios to the job's peer as shipped and tuned."""
+    runs = [run for run in results["runs"] if not run.get("axis")]
+    peaks: dict[int, float] = {}
+    groups: dict[tuple[int, str, str], list[Row]] = {}
+    for run in runs:
+        peaks[run["threads"]] = max(run["gflops"], peaks.get(run["threads"], 0.0))
         groups.setdefault((run["threads"], run["job"], run["tool"]), []).append(run)
-    rows = []
-    for (threads, job, tool), runs in groups.items():
-        row: dict[str, Any] = {"threads": threads, "job": job, "tool": tool, "runs": len(runs)}
-        good = [figures(run, results["settings"], peaks[threads]) for run in runs if "error" not in run]
-        if len(good) < len(runs):
-            row["error"] = next(run["error"] for run in runs if "error" in run)
+    rows = {}
+    for (threads, job, tool), of_tool in groups.items():
+        good = [figures(run, results["settings"], peaks[threads]) for run in of_tool if "error" not in run]
+        row: Row = {"threads": threads, "job": job, "tool": tool, "runs": len(good)}
+        if len(good) < len(of_tool):
+            row["error"] = next(run["error"] for run in of_tool if "error" in run)
         for name in good[0] if good else ():
             row[name] = statistics.median(one[name] for one in good)
         if good:
             row["tokens_s_range"] = [min(one["tokens_s"] for one in good), max(one["tokens_s"] for one in good)]
-        rows.append(row)
-    for row in rows:
-        same = (
-            other
-            for other in rows
-            if (other["threads"], other["job"], other["tool"]) == (row["threads"], row["job"], "TRL")
-        )
-        peer = next(same, {})
-        if "tokens_s" in peer and "tokens_s" in row:
-            row["speed_ratio"] = row["tokens_s"] / peer["tokens_s"]
-            row["memory_ratio"] = row["memory_mb"] / peer["memory_mb"]
-    return rows
+        rows[threads, job, tool] = row
+    for (threads, job, _), row in rows.items():
+        for peer, ending in ((JOBS[job].peer, ""), (JOBS[job].tuned, "_tuned")):
+            other = rows.get((threads, job, peer), {})
+            if "tokens_s" in row and "tokens_s" in other:
+                row["speed_ratio" + ending] = row["tokens_s"] / other["tokens_s"]
+                row["memory_ratio" + ending] = row["memory_mb"] / other["memory_mb"]
+    tools = list(dict.fromkeys(run["tool"] for run in runs if run["tool"] != "palate"))
+    places = {tool: place for place, tool in enumerate(["palate", *sorted(tools, key=_tool_order)])}
+    order = list(JOBS)
+    return sorted(rows.values(), key=lambda r: (-r["threads"], order.index(r["job"]), places[r["tool"]]))
 
 
-def figures(run: dict[str, Any], settings: dict[str, Any], peak: float) -> dict[str, float]:
-    """The figures of one run; phases that a tool does not report are left out."""
-    skip = min(1 if run["job"] in SAMPLING else 2, len(run["steps"]) - 1)
-    steps = run["steps"][skip:]
+def _tool_order(tool: str) -> tuple[bool, int]:
+    """Peers before others, as shipped before tuned; the rest as they came."""
+    peers = [name for job in JOBS.values() for name in (job.peer, job.tuned)]
+    return (tool not in peers, peers.index(tool) if tool in peers else 0)
+
+
+def figures(run: Row, settings: Row, peak: float) -> dict[str, float]:
+    """The figures of one run.
+
+    Args:
+        peak: the machine's best rate, GFLOP/s.
+    """
+    job = JOBS[run["job"]]
+    steps = run["steps"][min(job.warmup, len(run["steps"]) - 1) :]
     seconds, tokens = sum(step["s"] for step in steps), sum(step["tokens"] for step in steps)
     all_tokens = sum(step["tokens"] for step in run["steps"])
-    operations = needed_operations(run["job"], settings) * tokens / all_tokens
+    # What the counted steps need of the whole run's work: their share of its tokens.
+    parts = {name: n * tokens / all_tokens for name, n in needed_operations(run["job"], settings).items()}
     row = {
         "tokens_s": tokens / seconds,
+        "samples_s": job.samples * len(steps) / seconds,
         "s_step": seconds / len(steps),
         "tokens_cpu_s": tokens / sum(step["cpu_s"] for step in steps),
-        "memory_mb": run["peak_mb"] - run["import_mb"],
+        "memory_mb": scaling.memory(run),
         "import_mb": run["import_mb"],
-        "share": operations / seconds / peak / 1e9,
+        "share": sum(parts.values()) / seconds / peak / 1e9,
         "machine_gflops": run["gflops"],
         "tokens_step": all_tokens / len(run["steps"]),
         "ready_s": run["ready_s"],
     }
-    phases = {name: sum(step["phases"].get(name, 0.0) for step in steps) / seconds for name in PHASES}
-    if run["job"] in SAMPLING and phases["update"]:
-        phases["scoring"] = phases["scoring"] or 1 - phases["generation"] - phases["update"]
-        row |= {name: phases[name] for name in PHASES}
+    if job.samples_responses:
+        spent = {name: sum(step["phases"].get(name, 0.0) for step in steps) for name in PHASES}
+        row |= {name: spent[name] / seconds for name in PHASES}
+        if spent["update"]:
+            row["update_share"] = parts["update"] / spent["update"] / peak / 1e9
     return row
 
 
-def needed_operations(job: str, settings: dict[str, Any]) -> float:
-    """Operations that the whole run needs, from the lengths of the records that it works through."""
-    shape = needed.Shape(HIDDEN, INTERMEDIATE, LAYERS, settings["workload"]["vocabulary"])
+def needed_operations(job: str, settings: Row) -> dict[str, float]:
+    """Operations that the whole run needs, by phase, from the lengths of the records that it works through."""
+    hidden, intermediate, layers, _ = SIZES[settings.get("size", 10)]
+    shape = needed.Shape(hidden, intermediate, layers, settings["workload"]["vocabulary"])
     lengths, steps = settings["workload"]["lengths"], settings["steps"][job]
-    if job == "sft":
-        return needed.sft(shape, lengths["sft"][: 16 * steps])
-    if job == "reward":
-        return needed.reward(shape, lengths["pairs"][: 8 * steps])
-    if job in ("dpo", "dpo_cached", "orpo"):
-        return needed.preference(shape, lengths["pairs"][: 8 * steps], reference=job == "dpo")
-    if job == "kto":
-        return needed.kto(shape, lengths["pairs"][: 8 * steps])
     prompts = [prompt for (prompt,) in lengths["prompts"]]
+    pairs = lengths["pairs"][: 8 * steps]
+    if job == "sft":
+        return {"update": needed.sft(shape, lengths["sft"][: 16 * steps])}
+    if job == "reward":
+        return {"update": needed.reward(shape, pairs)}
+    if job == "kto":
+        return {"update": needed.kto(shape, pairs)}
+    if job in ("dpo", "dpo_cached", "orpo"):
+        return {"update": needed.preference(shape, pairs, reference=job == "dpo")}
     if job == "ppo":
         return needed.ppo(shape, prompts[: 32 * steps], response=64, epochs=4)
+    if job in ("generation", "generation_groups"):
+        size = 4 if job == "generation_groups" else 1
+        return {"generation": steps * needed.generation(shape, prompts[: 32 // size], response=128, size=size)}
     size = 2 if job == "online_dpo" else 4
     return needed.group(shape, prompts[: 32 // size * steps], response=64, size=size)
 
 
-def table(rows: list[dict[str, Any]], results: dict[str, Any]) -> str:
-    """Markdown."""
-    machine, settings = results["machine"], results["settings"]
-    titles = ("job", "tool", "threads", "tokens/s", "x TRL", "s/step", "memory above import, MB", "x TRL")
-    titles += ("share of fp32 peak", "generation / scoring / update")
-    where = f"{machine['processor']}, {machine['cores']} cores"
-    how = f"medians of {settings['repeats']} runs, in turns"
+def table(rows: Sequence[Row], results: Row) -> str:
+    """Markdown: every tool's figures."""
+    where, settings = results["machine"], results["settings"]
+    place = where.get("gpu") or f"{where['processor']}, {where['cores']} cores"
+    runs = sorted({row["runs"] for row in rows if row["runs"]}) or [0]
+    count = f"{runs[0]}" if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
+    of = f"medians of {count} runs, in turns" if runs[-1] > 1 else "one run of each"
+    titles = ["job", "tool", "threads", "tokens/s", "x peer", "x tuned", "samples/s", "s/step"]
+    titles += ["memory above import, MB", "x peer", "share of peak", "generation / scoring / update"]
+    head = (
+        f"Measured {settings['started']} on {place}; {of}. Models of {settings.get('size', 10)} million parameters, "
+        f"vocabulary {settings['vocabulary']:,}, {settings.get('dtype', 'float32')}. The peer is TRL as shipped (of "
+        "generation: transformers' generate), tuned is the same with malloc tuned."
+    )
     lines = [
-        f"Measured {settings['started']} on {where}; {how}. Ratios are to TRL as shipped.",
+        head,
         "",
         f"| {' | '.join(titles)} |",
         "|" + "---|" * len(titles),
     ]
-    order = list(TITLES)
-    for row in sorted(rows, key=lambda row: (row["threads"], order.index(row["job"]))):
-        head = f"| {TITLES[row['job']]} | {row['tool']} | {row['threads']} |"
+    for row in rows:
+        head = f"| {JOBS[row['job']].title} | {row['tool']} | {row['threads']} |"
         if "tokens_s" not in row:
-            lines.append(f"{head} failed: {row['error']} | | | | | | |")
+            lines.append(f"{head} failed: {row['error']} |" + " |" * (len(titles) - 4))
             continue
         phases = " / ".join(f"{100 * row[name]:.0f} %" for name in PHASES) if "update" in row else ""
         lines.append(
-            f"{head} {row['tokens_s']:,.0f} | {ratio(row, 'speed_ratio')} | {row['s_step']:.2f} | {row['memory_mb']:,.0f} "
-            f"| {ratio(row, 'memory_ratio')} | {100 * row['share']:.0f} % | {phases} |"
+            f"{head} {row['tokens_s']:,.0f} | {ratio(row, 'speed_ratio')} | {ratio(row, 'speed_ratio_tuned')} | "
+            f"{row['samples_s']:.1f} | {row['s_step']:.2f} | {row['memory_mb']:,.0f} | {ratio(row, 'memory_ratio')} | "
+            f"{100 * row['share']:.0f} % | {phases} |"
         )
-    lines += [f"\nSkipped: {TITLES[s['job']]}, {s['tool']}: {s['reason']}." for s in results["skipped"]]
+    lines += [f"\nSkipped: {JOBS[s['job']].title}, {s['tool']}: {s['reason']}." for s in results["skipped"]]
     for threads in sorted({row["threads"] for row in rows}):
-        rates = [run["gflops"] for run in results["runs"] if run["threads"] == threads]
-        swing = f"before single runs {min(rates):.0f} to {max(rates):.0f}"
-        lines += ["", f"fp32 matrix multiply, {threads} threads: peak {max(rates):.0f} GFLOP/s; {swing}."]
+        rates = [run["gflops"] for run in results["runs"] if run["threads"] == threads and run["gflops"]]
+        swing = f"before single runs {min(rates):,.0f} to {max(rates):,.0f}"
+        lines += [
+            "",
+            f"Matrix multiply, {threads} thread{'s' * (threads > 1)}: peak {max(rates):,.0f} GFLOP/s; {swing}.",
+        ]
     return "\n".join(lines) + "\n"
 
 
-def ratio(row: dict[str, Any], name: str) -> str:
+def ratio(row: Row, name: str) -> str:
     return f"{row[name]:.2f}" if name in row else ""
 
 
-def picture(rows: list[dict[str, Any]], path: Path) -> None:
-    """Bars of speed, memory and share of the peak for each job, one line of panels for each number of threads."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in rows if "tokens_s" in row]
-    if not rows:
-        return
-    threads = sorted({row["threads"] for row in rows})
-    tools = list(dict.fromkeys(row["tool"] for row in rows))
-    jobs = [job for job in TITLES if any(row["job"] == job for row in rows)]
-    panels = (
-        ("tokens_s", "tokens per second", 1),
-        ("memory_mb", "memory above import, MB", 1),
-        ("share", "share of fp32 peak, %", 100),
+def wanted_of(job: str, vocabulary: int) -> list[tuple[str, float, bool]]:
+    """What palate is to reach: (figure of a row, limit, True = at least and False = at most)."""
+    wanted: Wanted = JOBS[job].wanted
+    memory = wanted.memory_wide if wanted.memory_wide is not None and vocabulary >= 32768 else wanted.memory
+    limits = (
+        ("speed_ratio", wanted.speed, True),
+        ("speed_ratio_tuned", wanted.speed_tuned, True),
+        ("memory_ratio", memory, False),
+        ("share", wanted.share, True),
+        ("update_share", wanted.update_share, True),
     )
-    figure, axes = plt.subplots(len(threads), 3, figsize=(13, 3.6 * len(threads)), squeeze=False)
-    for line, count in zip(axes, threads, strict=True):
-        for ax, (name, title, factor) in zip(line, panels, strict=True):
-            for i, tool in enumerate(tools):
-                found = {
-                    row["job"]: row[name] * factor for row in rows if row["tool"] == tool and row["threads"] == count
-                }
-                places = [j + 0.8 * (i + 0.5) / len(tools) - 0.4 for j, job in enumerate(jobs) if job in found]
-                heights = [found[job] for job in jobs if job in found]
-                bars = ax.bar(places, heights, 0.8 / len(tools), label=tool)
-                ax.bar_label(bars, fmt="{:,.0f}", fontsize=8, padding=1)
-            ax.set_xticks(range(len(jobs)), [TITLES[job] for job in jobs])
-            ax.set_title(f"{title} ({count} threads)", fontsize=10)
-            ax.spines[["top", "right"]].set_visible(False)
-            ax.margins(y=0.12)
-    axes[0][0].legend(frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    return [(name, limit, least) for name, limit, least in limits if limit is not None]
+
+
+def verdict(row: Row, name: str, limit: float, at_least: bool) -> str:
+    """A cell: the figure, what is wanted, and whether it is met; as it is measured, not as it is rounded."""
+    percent = name in ("share", "update_share")
+    said = (lambda x: f"{100 * x:.0f} %") if percent else (lambda x: f"{x:.2f}".rstrip("0").rstrip("."))
+    wanted = f"{'≥' if at_least else '≤'} {said(limit)}"
+    if name not in row:
+        return f"not measured ({wanted})"
+    met = row[name] >= limit if at_least else row[name] <= limit
+    figure = f"{100 * row[name]:.0f} %" if percent else f"{row[name]:.2f}"
+    return f"{figure} ({wanted}) {'met' if met else '**not met**'}"
+
+
+def wanted_table(rows: Sequence[Row], vocabulary: int) -> str:
+    """Markdown: palate's figures beside the wanted ones."""
+    columns = ("speed_ratio", "speed_ratio_tuned", "memory_ratio", "share", "update_share")
+    lines = [
+        "| job | threads | speed, x peer | speed, x tuned peer | memory, x peer | share of peak | share of peak, update |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["tool"] != "palate":
+            continue
+        limits = {name: (limit, least) for name, limit, least in wanted_of(row["job"], vocabulary)}
+        shown = {
+            "speed_ratio": ratio(row, "speed_ratio"),
+            "speed_ratio_tuned": ratio(row, "speed_ratio_tuned"),
+            "memory_ratio": ratio(row, "memory_ratio"),
+            "share": f"{100 * row['share']:.0f} %" if "share" in row else "",
+            "update_share": f"{100 * row['update_share']:.0f} %" if "update_share" in row else "",
+        }
+        cells = [verdict(row, name, *limits[name]) if name in limits else shown[name] for name in columns]
+        lines.append(f"| {JOBS[row['job']].title} | {row['threads']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def text(results: Row) -> str:
+    """The whole page: figures, wanted figures, scaling."""
+    rows, grown = summary(results), scaling.summary([run for run in results["runs"] if run.get("axis")])
+    parts = []
+    if rows:
+        wanted = wanted_table(rows, results["settings"]["vocabulary"])
+        parts += [table(rows, results), "## Beside what is wanted\n", wanted]
+    if grown:
+        parts += ["## How cost grows\n", scaling.table(grown)]
+    return "\n".join(parts)
 
 
 def main(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
-    rows = summary(results)
-    (folder / "summary.json").write_text(json.dumps(rows, indent=1))
-    (folder / "table.md").write_text(table(rows, results))
-    picture(rows, folder / "picture.png")
-    print(table(rows, results))
+    (folder / "table.md").write_text(text(results))
+    (folder / "summary.json").write_text(json.dumps(summary(results), indent=1))
+    print(text(results))
+    import picture  # imports matplotlib, which is not needed for the tables
+
+    picture.draw(results, folder)
 
 
 if __name__ == "__main__":

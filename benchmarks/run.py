@@ -1,12 +1,15 @@
 """Measure palate and its peers side by side: the same work, the same machine, in turns, medians.
 
-    python benchmarks/run.py                       # every job; an hour or two
+    python benchmarks/run.py                       # everything, for hours; --plan says how long, and starts nothing
+    python benchmarks/run.py --resume              # go on where it was interrupted: finished cells are left alone
     python benchmarks/run.py --quick               # few steps, once: does it run?
-    python benchmarks/run.py --jobs ppo --threads 1 2 --repeats 5
+    python benchmarks/run.py --jobs ppo --threads 2 1 --repeats 5
+    python benchmarks/run.py --scaling length vocabulary
+    python benchmarks/run.py --device cuda --size 500
 
-Every run is a fresh process. Before each one the machine's matrix-multiply rate is measured: its best is the peak that
-shares refer to, and its swing says how far the figures can be trusted. Results go to ``PALATE_BENCH_DIR/results/``:
-``results.json`` (every step of every run), ``table.md`` and ``picture.png``.
+Everything is all jobs, with all cores and with one, and then the scaling tables. ``--jobs`` or ``--scaling`` alone
+leaves the other out. Results go to ``PALATE_BENCH_DIR/results/``: ``results.json`` (every step of every run, written
+after each), ``table.md``, ``picture.png``, ``scaling.png``. Ctrl-C writes the tables of what there is.
 
 This process imports no heavy library, so that the memory of the processes that it starts is their own.
 """
@@ -16,145 +19,220 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from tools import HERE, JOBS, Tool, environment, tools
-from workload import bench_folder
+import scaling
+from catalogue import JOBS
+from plan import Cell, cells, clock, guess, seconds_left, still_to_do, without
+from process import last_line, machine, measured, said
+from tools import HERE, Tool, tools
+from workload import SIZES, bench_folder, folder_of
 
-SAMPLING = ("grpo", "rloo", "online_dpo", "ppo")  # jobs whose step is a whole iteration
-STEPS = {job: 6 if job in SAMPLING else 14 for job in JOBS}
-QUICK_STEPS = {job: 2 if job in SAMPLING else 4 for job in JOBS}
-TIME_LIMIT = 1800  # seconds; a run that takes longer is reported as failed
+TIME_LIMIT, SCALING_TIME_LIMIT = 1800, 300  # seconds of one run
 
 
 def main() -> int:
     args = arguments()
     found = tools()
     folder = args.out or bench_folder() / "results"
+    able, skipped = who_can(found, args)
+    wanted = cells(
+        able,
+        jobs=args.jobs,
+        axes=args.scaling,
+        threads=args.threads,
+        repeats=args.repeats,
+        scaling_repeats=args.scaling_repeats,
+        ends=args.quick,
+    )
+    results = earlier(folder / "results.json", args) or {"settings": {}, "runs": []}
+    guessed = {cell: guess(cell, found[cell.tool].cost, steps_of(cell, args), os.cpu_count() or 1) for cell in wanted}
+    to_do = still_to_do(wanted, results["runs"])
+    if args.plan:
+        show_plan(wanted, to_do, guessed, skipped)
+        return 0
     folder.mkdir(parents=True, exist_ok=True)
-    workload = Path(last_line([sys.executable, HERE / "workload.py", "--vocabulary", args.vocabulary]))
-    steps = QUICK_STEPS if args.quick else STEPS
-    steps = {job: args.steps or steps[job] for job in args.jobs}
-    results: dict[str, Any] = {
-        "machine": machine(),
-        "settings": settings(args, steps, workload),
-        "runs": [],
-        "skipped": [],
+    workload = Path(
+        last_line([sys.executable, HERE / "workload.py", "--vocabulary", args.vocabulary, "--size", args.size])
+    )
+    results |= {
+        "machine": machine(args.device),
+        "settings": settings(args, workload, results["settings"]),
+        "runs": without(results["runs"], set(to_do)),
+        "skipped": skipped,
     }
-    wanted = []
-    for threads in args.threads:
-        for job in args.jobs:
-            able = []
-            for name in args.tools:
-                reason = found[name].missing(job)
-                if reason:
-                    results["skipped"].append({"job": job, "tool": found[name].name, "reason": reason})
-                    print(f"{job}: {found[name].name} is skipped: {reason}", flush=True)
-                else:
-                    able.append(name)
-            wanted.append((threads, job, able))
-    for repeat in range(1 if args.quick else args.repeats):
-        for threads, job, able in wanted:
-            # In turns, and every other time backwards: whatever drifts on the machine meets all tools alike.
-            for name in able if repeat % 2 == 0 else able[::-1]:
-                run = measured(found[name], job, threads=threads, steps=steps[job], workload=workload, folder=folder)
-                results["runs"].append({"repeat": repeat, **run})
-                write(folder / "results.json", results)
-                print(said(run), flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        run_all(to_do, guessed, results, found, args, workload=workload, folder=folder)
+        interrupted = False
+    except KeyboardInterrupt:
+        interrupted = True
+        print("\ninterrupted; go on with --resume. So far:\n", flush=True)
+    write(folder / "results.json", results)
     subprocess.run([sys.executable, HERE / "report.py", folder], check=True)
-    return 1 if any("error" in run for run in results["runs"]) else 0
+    failed = any("error" in run and not run.get("axis") for run in results["runs"])
+    return 130 if interrupted else int(failed)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", nargs="+", choices=list(STEPS), default=list(STEPS))
+    parser.add_argument("--jobs", nargs="+", choices=list(JOBS), help="default: all, unless --scaling is given")
+    parser.add_argument("--scaling", nargs="+", choices=list(scaling.AXES), help="default: all, unless --jobs is given")
     parser.add_argument("--tools", nargs="+", choices=list(tools()), default=list(tools()))
-    parser.add_argument("--threads", nargs="+", type=int, default=[os.cpu_count() or 1], help="one table each")
+    cores = os.cpu_count() or 1
+    parser.add_argument("--threads", nargs="+", type=int, help=f"one after the other; default: {cores} and 1")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each tool, of which the median counts")
+    parser.add_argument("--scaling-repeats", type=int, default=3, help="the same at each point of the scaling tables")
     parser.add_argument(
-        "--steps", type=int, help="optimizer steps (of methods that sample: iterations) a run; default 14 (6)"
+        "--steps", type=int, help="optimizer steps, iterations or generations of a run; default: by job"
     )
     parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--quick", action="store_true", help="once, with few steps")
+    parser.add_argument("--size", type=int, choices=SIZES, help="millions of parameters; default 10, on a GPU 500")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: matrix products in bf16")
+    parser.add_argument("--quick", action="store_true", help="once, with few steps, all cores, the ends of the scaling")
+    parser.add_argument("--resume", action="store_true", help="keep the results there are, and measure what is missing")
+    parser.add_argument("--plan", action="store_true", help="print what would be run and how long it takes")
     parser.add_argument("--out", type=Path, help="folder for the results")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.jobs is None and args.scaling is None:
+        args.jobs, args.scaling = list(JOBS), list(scaling.AXES)
+    args.jobs, args.scaling = args.jobs or [], args.scaling or []
+    one = args.quick or args.device == "cuda"
+    args.threads = args.threads or list(dict.fromkeys([cores] if one else [cores, 1]))
+    args.size = args.size or (10 if args.device == "cpu" else 500)
+    args.dtype = "float32" if args.device == "cpu" else "bfloat16"
+    if args.quick:
+        args.repeats = args.scaling_repeats = 1
+    return args
 
 
-def measured(tool: Tool, job: str, *, threads: int, steps: int, workload: Path, folder: Path) -> dict[str, Any]:
-    """One run in a fresh process, with the machine's rate before it; ``error`` instead of figures when it failed."""
-    scratch = bench_folder() / "running"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    python, script = tool.scripts[job]
-    out = scratch / "figures.json"
-    run: dict[str, Any] = {"job": job, "tool": tool.name, "threads": threads}
-    run["gflops"] = json.loads(last_line([sys.executable, HERE / "peak.py", threads]))["peak"]
-    command = [python, script, "--out", out, "--workload", workload, "--scratch", scratch, "--steps", steps]
-    log = folder / f"{job}-{tool.name.replace(', ', '-').replace(' ', '-')}.log"
-    with log.open("w") as file:
+def who_can(found: dict[str, Tool], args: argparse.Namespace) -> tuple[dict[str, list[str]], list[dict[str, str]]]:
+    """For each job the tools that can do it here; and who cannot, with the reason."""
+    able: dict[str, list[str]] = {}
+    skipped = []
+    for job in dict.fromkeys([*args.jobs, *(scaling.AXES[axis].job for axis in args.scaling)]):
+        able[job] = []
+        for name in args.tools:
+            if job not in found[name].scripts:
+                continue
+            reason = found[name].missing(job, args.device)
+            if reason is None:
+                able[job].append(name)
+            else:
+                skipped.append({"job": job, "tool": found[name].name, "reason": reason})
+    return able, skipped
+
+
+def steps_of(cell: Cell, args: argparse.Namespace) -> int:
+    if cell.axis:
+        return scaling.STEPS
+    return args.steps or (JOBS[cell.job].quick if args.quick else JOBS[cell.job].steps)
+
+
+def show_plan(wanted: list[Cell], to_do: list[Cell], guessed: dict[Cell, float], skipped: list[dict[str, str]]) -> None:
+    for one in skipped:
+        print(f"left out: {JOBS[one['job']].title}, {one['tool']}: {one['reason']}")
+    left = set(to_do)
+    for cell in wanted:
+        print(f"{cell}: {'about ' + clock(guessed[cell]) if cell in left else 'done'}")
+    total = seconds_left(guessed, to_do, {})
+    print(f"{len(to_do)} of {len(wanted)} cells to do, about {clock(total)} (guessed for a machine of two slow cores)")
+
+
+def run_all(
+    to_do: list[Cell],
+    guessed: dict[Cell, float],
+    results: dict[str, Any],
+    found: dict[str, Tool],
+    args: argparse.Namespace,
+    *,
+    workload: Path,
+    folder: Path,
+) -> None:
+    """Every cell in turn; results are written after each."""
+    measured_s = {}
+    for number, cell in enumerate(to_do):
+        if cell not in still_to_do([cell], results["runs"]):  # a point that did not fit the first time
+            continue
+        left = clock(seconds_left(guessed, to_do[number:], measured_s))
+        print(f"[{number + 1}/{len(to_do)}, about {left} left] {cell} ...", flush=True)
+        run = one_run(cell, found[cell.tool], args, workload=workload, folder=folder)
+        measured_s[cell] = run["wall_s"]
+        results["runs"].append(run)
+        write(folder / "results.json", results)
+        print(f"    {said(run)}", flush=True)
+
+
+def one_run(cell: Cell, tool: Tool, args: argparse.Namespace, *, workload: Path, folder: Path) -> dict[str, Any]:
+    run = {"job": cell.job, "tool": tool.name, "key": cell.tool, "threads": cell.threads, "repeat": cell.repeat}
+    words: list[Any] = ["--steps", steps_of(cell, args)]
+    name = "-".join(filter(None, (cell.job, cell.tool, cell.axis, str(cell.value or ""))))
+    model = workload
+    if cell.axis:
+        run |= {"axis": cell.axis, "value": cell.value}
+        if reason := scaling.impossible(cell.axis, cell.value, cell.tool):
+            return {**run, "error": reason, "gflops": 0.0, "wall_s": 0.0}
+        size, vocabulary = scaling.work(cell.axis, cell.value)
         try:
-            done = subprocess.run(
-                [str(word) for word in command],
-                check=False,
-                env=environment(tool, threads),
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=TIME_LIMIT,
-            )
-        except subprocess.TimeoutExpired:
-            return {**run, "error": f"longer than {TIME_LIMIT} s; see {log.name}"}
-    if done.returncode or not out.exists():
-        return {**run, "error": f"exit {done.returncode}; see {log.name}"}
-    return {**run, **json.loads(out.read_text())}
-
-
-def said(run: dict[str, Any]) -> str:
-    """One line on the console for a run."""
-    head = f"{run['job']:7} {run['tool']:18} {run['threads']} threads, machine {run['gflops']:.0f} GFLOP/s: "
-    if "error" in run:
-        return head + run["error"]
-    seconds = sum(step["s"] for step in run["steps"])
-    rate = sum(step["tokens"] for step in run["steps"]) / seconds
-    return head + (
-        f"{rate:.0f} tokens/s, {seconds / len(run['steps']):.2f} s/step, "
-        f"{run['peak_mb'] - run['import_mb']:.0f} MB above import, {run['total_s']:.0f} s in all"
+            model = Path(last_line([sys.executable, HERE / "scaled.py", "--size", size, "--vocabulary", vocabulary]))
+        except subprocess.CalledProcessError:
+            return {**run, "error": "its model could not be made", "gflops": 0.0, "wall_s": 0.0}
+        words += scaling.arguments(cell.axis, cell.value, folder_of(scaling.VOCABULARY, scaling.SIZE))
+    else:
+        words += JOBS[cell.job].arguments
+    return run | measured(
+        tool,
+        cell.job,
+        threads=cell.threads,
+        workload=model,
+        log=folder / f"{name}.log",
+        arguments=words,
+        limit_s=SCALING_TIME_LIMIT if cell.axis else TIME_LIMIT,
+        device=args.device,
+        dtype=args.dtype,
     )
 
 
-def machine() -> dict[str, Any]:
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
+def settings(args: argparse.Namespace, workload: Path, before: dict[str, Any]) -> dict[str, Any]:
+    """What the results were measured with; ``before``: the same of the runs that are kept."""
+    steps = {job: steps_of(Cell(1, job, "palate", 0), args) for job in args.jobs}
     return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-    }
-
-
-def settings(args: argparse.Namespace, steps: dict[str, int], workload: Path) -> dict[str, Any]:
-    return {
-        "steps": steps,
-        "repeats": 1 if args.quick else args.repeats,
+        "steps": before.get("steps", {}) | steps,
         "vocabulary": args.vocabulary,
+        "size": args.size,
+        "device": args.device,
+        "dtype": args.dtype,
         "workload": json.loads((workload / "workload.json").read_text()),
-        "started": time.strftime("%Y-%m-%d %H:%M", time.gmtime()) + " UTC",
+        "started": before.get("started") or time.strftime("%Y-%m-%d %H:%M", time.gmtime()) + " UTC",
     }
 
 
-def last_line(command: list[Any]) -> str:
-    """The last line that a helper printed."""
-    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, text=True, check=True)
-    return done.stdout.strip().splitlines()[-1]
+def earlier(path: Path, args: argparse.Namespace) -> dict[str, Any] | None:
+    """The results that ``--resume`` goes on from. Without it, what lies there is put aside, not lost."""
+    if not path.exists():
+        return None
+    results: dict[str, Any] = json.loads(path.read_text())
+    if not args.resume:
+        if not args.plan:
+            stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(path.stat().st_mtime))
+            path.rename(path.with_name(f"results-{stamp}.json"))
+        return None
+    before = results["settings"]
+    for name in ("vocabulary", "size", "device"):
+        if before[name] != getattr(args, name):
+            sys.exit(
+                f"{path}: was measured with --{name} {before[name]}, not {getattr(args, name)}. Give another --out."
+            )
+    for job in args.jobs:
+        steps = steps_of(Cell(1, job, "palate", 0), args)
+        if before["steps"].get(job, steps) != steps:
+            sys.exit(f"{path}: {job} was measured with {before['steps'][job]} steps, not {steps}. Give another --out.")
+    return results
 
 
 def write(path: Path, results: dict[str, Any]) -> None:

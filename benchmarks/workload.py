@@ -27,6 +27,14 @@ VERSION = 2  # part of the finished mark: a workload of another version is made 
 MAX_LENGTH = 512
 MAX_PROMPT = 192
 HIDDEN, INTERMEDIATE, LAYERS, HEADS = 288, 768, 6, 6
+# Millions of parameters -> hidden, intermediate, layers, heads. At a vocabulary of 8,192: 10.7, 34, 98, 497, 1,450 million.
+SIZES = {
+    10: (HIDDEN, INTERMEDIATE, LAYERS, HEADS),
+    30: (512, 1408, 8, 8),
+    100: (768, 2048, 12, 12),
+    500: (1280, 3456, 24, 20),
+    1500: (2048, 5504, 28, 16),
+}
 SPECIAL = ["<|pad|>", "<|bos|>", "<|eos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 
 # An assistant's turn ends with EOS, another's with <|end|>; the generation marks serve libraries that need them to
@@ -50,25 +58,33 @@ def shared_data() -> Path:
     return Path(os.environ.get("PALATE_SHARED_DATA") or Path(__file__).parent.parent.parent / "shared" / "data")
 
 
-def ready(vocabulary: int) -> Path | None:
+def folder_of(vocabulary: int, size: int) -> Path:
+    """Where a workload lies, made or not."""
+    return bench_folder() / "workload" / (f"v{vocabulary}" if size == 10 else f"v{vocabulary}-{size}m")
+
+
+def ready(vocabulary: int, size: int = 10) -> Path | None:
     """The folder of the finished workload, or None when it must be made."""
-    folder = bench_folder() / "workload" / f"v{vocabulary}"
+    folder = folder_of(vocabulary, size)
     mark = folder / "workload.json"
     return folder if mark.exists() and json.loads(mark.read_text())["version"] == VERSION else None
 
 
-def make(vocabulary: int = 8192) -> Path:
+def make(vocabulary: int = 8192, size: int = 10) -> Path:
     """Write ``policy/``, ``reward/``, ``sft``, ``pairs``, ``judgements``, ``prompts`` (each ``.jsonl``) and ``workload.json``.
+
+    Args:
+        vocabulary: entries. size: millions of parameters, one of ``SIZES``.
 
     Raises:
         FileNotFoundError: the comparisons are not there.
     """
-    if found := ready(vocabulary):
+    if found := ready(vocabulary, size):
         return found
     source = shared_data() / "preferences" / "hh_rlhf.jsonl.gz"
     if not source.exists():
         raise FileNotFoundError(f"{source} is not there; set PALATE_SHARED_DATA to the folder that has preferences/")
-    final = bench_folder() / "workload" / f"v{vocabulary}"
+    final = folder_of(vocabulary, size)
     folder = final.with_name(final.name + ".part")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(final, ignore_errors=True)
@@ -76,7 +92,7 @@ def make(vocabulary: int = 8192) -> Path:
 
     pairs = _pairs(source)
     tokenizer = _tokenizer(pairs, vocabulary)
-    parameters = _models(folder, tokenizer)
+    parameters = write_models(folder, tokenizer, size, roles=("policy", "reward"))
     facts = _write_data(folder, pairs, tokenizer)
     mark = {"version": VERSION, "vocabulary": len(tokenizer), "parameters": parameters, **facts}
     (folder / "workload.json").write_text(json.dumps(mark))
@@ -126,18 +142,27 @@ def _tokenizer(pairs: list[dict[str, Any]], vocabulary: int) -> Any:
     return tokenizer
 
 
-def _models(folder: Path, tokenizer: Any) -> dict[str, int]:
+def write_models(
+    folder: Path, tokenizer: Any, size: int, *, roles: Iterable[str], vocabulary: int = 0, positions: int = 2048
+) -> dict[str, int]:
+    """Random models with their tokenizer, each in a folder named after its role; how many parameters each has.
+
+    Args:
+        roles: of "policy" and "reward". vocabulary: of the model, where it is larger than the tokenizer's.
+        positions: the model's context.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+    hidden, intermediate, layers, heads = SIZES[size]
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=HIDDEN,
-        intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=2048,
+        vocab_size=vocabulary or len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=positions,
         tie_word_embeddings=False,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -145,6 +170,8 @@ def _models(folder: Path, tokenizer: Any) -> dict[str, int]:
     )
     counted = {}
     for seed, (name, kind) in enumerate((("policy", LlamaForCausalLM), ("reward", LlamaForSequenceClassification))):
+        if name not in roles:
+            continue
         torch.manual_seed(seed)
         config.num_labels = 1
         model = kind(config).float()
@@ -192,4 +219,6 @@ def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make the benchmark's workload (models, tokenizer, data).")
     parser.add_argument("--vocabulary", type=int, default=8192, help="size of the vocabulary, e.g. 8192 or 32768")
-    print(make(parser.parse_args().vocabulary))
+    parser.add_argument("--size", type=int, choices=SIZES, default=10, help="of the models, in millions of parameters")
+    args = parser.parse_args()
+    print(make(args.vocabulary, args.size))

@@ -79,6 +79,11 @@ def test_methods_without_a_policy_are_refused(installed: None) -> None:
     require_all(settings_with("dpo", engine="vllm"))  # its samples before and after are drawn with it
 
 
+def test_drawing_ahead_is_refused(installed: None) -> None:
+    with pytest.raises(ConfigError, match="rollouts_ahead = 1 needs the embedded sampler"):
+        require_all(settings_with("grpo", engine="vllm", training={"rollouts_ahead": 1}))
+
+
 def test_an_unfinished_run_is_not_resumed_with_another_engine() -> None:
     """It draws other samples."""
     one, other = settings_with("grpo").to_dict(), settings_with("grpo", engine="vllm").to_dict()

@@ -6,18 +6,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from command_line import arguments
 from probe import Probe
 
+__all__ = ["HERE", "arguments", "measure"]
 HERE = Path(__file__).parent
-
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", required=True, help="JSON file for the figures")
-    parser.add_argument("--workload", required=True)
-    parser.add_argument("--scratch", required=True, help="an empty folder")
-    parser.add_argument("--steps", type=int, required=True)
-    return parser.parse_args()
 
 
 def measure(
@@ -43,8 +36,10 @@ def measure(
     probe.imported()
     settings = {
         "out": f"{args.scratch}/run",
-        "device": "cpu",
-        "data": {"validation_fraction": 0.0, "max_length": 512, **data},
+        "device": args.device,
+        # On a GPU as a peer's bf16=True: weights in fp32, matrix products in bf16.
+        "dtype": "float32" if args.dtype == "float32" else "mixed",
+        "data": {"validation_fraction": 0.0, "max_length": args.max_length, **data},
         "training": {"max_steps": args.steps, "eval_every": 0, "save_every": 0, **training},
         **more,
     }

@@ -3,11 +3,12 @@
 import palate_common as common
 
 args = common.arguments()
+rows = args.rows or 16
 common.measure(
     "sft",
     args,
     passes=1,
     model=f"{args.workload}/policy",
-    data={"train": f"{args.workload}/sft.jsonl", "limit": 16 * args.steps},
-    training={"batch_size": 16, "learning_rate": 1e-3},
+    data={"train": args.records or f"{args.workload}/sft.jsonl", "limit": rows * args.steps},
+    training={"batch_size": rows, "learning_rate": 1e-3},
 )

@@ -6,24 +6,18 @@ import argparse
 import functools
 from typing import Any
 
+from command_line import arguments
 from probe import Probe
 
-
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", required=True, help="JSON file for the figures")
-    parser.add_argument("--workload", required=True)
-    parser.add_argument("--scratch", required=True, help="an empty folder")
-    parser.add_argument("--steps", type=int, required=True)
-    return parser.parse_args()
+__all__ = ["arguments", "count_tokens", "losses", "plain", "steps_to", "time_parts"]
 
 
 def plain(args: argparse.Namespace) -> dict[str, Any]:
-    """fp32 without activation checkpointing, nothing saved or reported: the least a step can be."""
+    """No activation checkpointing, nothing saved or reported: the least a step can be. On a CPU in fp32."""
     return {
         "output_dir": f"{args.scratch}/out",
-        "bf16": False,
-        "use_cpu": True,
+        "bf16": args.dtype == "bfloat16",
+        "use_cpu": args.device == "cpu",
         "gradient_checkpointing": False,
         "save_strategy": "no",
         "report_to": "none",
@@ -32,8 +26,12 @@ def plain(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def steps_to(probe: Probe) -> Any:
-    """A callback that begins with the training and notes every optimizer step (PPO: every iteration)."""
+def steps_to(probe: Probe, *, rest: str = "") -> Any:
+    """A callback that begins with the training and notes every optimizer step (PPO: every iteration).
+
+    Args:
+        rest: the phase that has what no other phase of a step has.
+    """
     from transformers import TrainerCallback
 
     class Steps(TrainerCallback):
@@ -44,6 +42,8 @@ def steps_to(probe: Probe) -> Any:
             if (begun := getattr(probe, "update_begun", None)) is not None:
                 probe.add("update", probe.seconds() - begun)
                 probe.update_begun = None
+            if rest:
+                probe.rest(rest)
             probe.step()
 
     return Steps()
@@ -69,15 +69,10 @@ def count_tokens(probe: Probe, *, update_mark: bool = False) -> None:
     modeling_llama.LlamaModel.forward = counting
 
 
-def time_generation(trainer: Any, probe: Probe) -> None:
-    """Note the time in the trainer's own ``_generate``, where it samples the responses of a step."""
-    generate = trainer._generate
-
-    def timed(*positional: Any, **named: Any) -> Any:
-        with probe.phase("generation"):
-            return generate(*positional, **named)
-
-    trainer._generate = timed
+def time_parts(trainer: Any, probe: Probe, **phases: str) -> None:
+    """Note the time in the trainer's own methods: ``time_parts(trainer, probe, _generate="generation")``."""
+    for method, phase in phases.items():
+        setattr(trainer, method, probe.timed(phase, getattr(trainer, method)))
 
 
 def losses(trainer: Any) -> list[float]:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
 probe.imported()
-common.count_tokens(probe, update_mark=True)
+common.count_tokens(probe)
 
 
 def reward(completions, **fields):
@@ -22,10 +22,12 @@ def reward(completions, **fields):
 
 tokenizer = AutoTokenizer.from_pretrained(f"{args.workload}/policy", padding_side="left")
 model = AutoModelForCausalLM.from_pretrained(f"{args.workload}/policy")
-data = load_dataset("json", data_files=f"{args.workload}/prompts.jsonl", split=f"train[:{8 * args.steps}]")
+rows, group = args.rows or 32, args.group or 4
+records = args.records or f"{args.workload}/prompts.jsonl"
+data = load_dataset("json", data_files=records, split=f"train[:{rows // group * args.steps}]")
 config = GRPOConfig(
-    per_device_train_batch_size=32,
-    num_generations=4,
+    per_device_train_batch_size=rows,
+    num_generations=group,
     max_completion_length=64,
     beta=0.04,
     learning_rate=1e-5,
@@ -38,8 +40,8 @@ trainer = GRPOTrainer(
     args=config,
     train_dataset=data,
     processing_class=tokenizer,
-    callbacks=[common.steps_to(probe)],
+    callbacks=[common.steps_to(probe, rest="update")],
 )
-common.time_generation(trainer, probe)
+common.time_parts(trainer, probe, _generate="generation", _generate_and_score_completions="scoring")
 trainer.train()
 probe.write(losses=common.losses(trainer))

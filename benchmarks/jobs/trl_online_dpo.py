@@ -6,13 +6,14 @@ from probe import Probe
 args = common.arguments()
 probe = Probe(args.out)
 
+import torch
 from datasets import load_dataset
 from letters import letters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
 probe.imported()
-common.count_tokens(probe, update_mark=True)
+common.count_tokens(probe)
 
 
 def reward(completions, **fields):
@@ -26,6 +27,7 @@ data = load_dataset("json", data_files=f"{args.workload}/prompts.jsonl", split=f
 config = OnlineDPOConfig(
     per_device_train_batch_size=16,
     max_new_tokens=64,
+    temperature=1.0,
     max_length=256,
     learning_rate=1e-5,
     max_steps=args.steps,
@@ -37,8 +39,20 @@ trainer = OnlineDPOTrainer(
     args=config,
     train_dataset=data,
     processing_class=tokenizer,
-    callbacks=[common.steps_to(probe)],
+    callbacks=[common.steps_to(probe, rest="update")],
 )
-common.time_generation(trainer, probe)
+forward = trainer._forward
+
+
+def frozen_is_scoring(*positional, **named):
+    """The policy and the reference go through one method; the reference's pass keeps no gradient."""
+    if torch.is_grad_enabled():
+        return forward(*positional, **named)
+    with probe.phase("scoring"):
+        return forward(*positional, **named)
+
+
+trainer._forward = frozen_is_scoring
+common.time_parts(trainer, probe, _generate="generation", _calculate_rewards_from_functions="scoring")
 trainer.train()
 probe.write(losses=common.losses(trainer))

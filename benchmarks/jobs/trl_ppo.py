@@ -16,15 +16,7 @@ from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 probe.imported()
 common.count_tokens(probe, update_mark=True)
-generate = ppo_trainer.batch_generation
-
-
-def timed_generation(*positional, **named):
-    with probe.phase("generation"):
-        return generate(*positional, **named)
-
-
-ppo_trainer.batch_generation = timed_generation
+ppo_trainer.batch_generation = probe.timed("generation", ppo_trainer.batch_generation)
 
 tokenizer = AutoTokenizer.from_pretrained(f"{args.workload}/policy", padding_side="left")
 policy, reference = (AutoModelForCausalLM.from_pretrained(f"{args.workload}/policy") for _ in range(2))
@@ -64,7 +56,7 @@ trainer = PPOTrainer(
     value_model=value,
     train_dataset=rows,
     eval_dataset=unused,
-    callbacks=[common.steps_to(probe)],
+    callbacks=[common.steps_to(probe, rest="scoring")],
 )
 trainer.train()
 probe.write(losses=common.losses(trainer))

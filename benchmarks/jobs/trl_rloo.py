@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import RLOOConfig, RLOOTrainer
 
 probe.imported()
-common.count_tokens(probe, update_mark=True)
+common.count_tokens(probe)
 
 
 def reward(completions, **fields):
@@ -38,8 +38,8 @@ trainer = RLOOTrainer(
     args=config,
     train_dataset=data,
     processing_class=tokenizer,
-    callbacks=[common.steps_to(probe)],
+    callbacks=[common.steps_to(probe, rest="update")],
 )
-common.time_generation(trainer, probe)
+common.time_parts(trainer, probe, _generate="generation", _generate_and_score_completions="scoring")
 trainer.train()
 probe.write(losses=common.losses(trainer))

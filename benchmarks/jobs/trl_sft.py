@@ -14,10 +14,11 @@ probe.imported()
 common.count_tokens(probe)
 tokenizer = AutoTokenizer.from_pretrained(f"{args.workload}/policy")
 model = AutoModelForCausalLM.from_pretrained(f"{args.workload}/policy")
-data = load_dataset("json", data_files=f"{args.workload}/sft.jsonl", split=f"train[:{16 * args.steps}]")
+rows, records = args.rows or 16, args.records or f"{args.workload}/sft.jsonl"
+data = load_dataset("json", data_files=records, split=f"train[:{rows * args.steps}]")
 config = SFTConfig(
-    per_device_train_batch_size=16,
-    max_length=512,
+    per_device_train_batch_size=rows,
+    max_length=args.max_length,
     learning_rate=1e-3,
     max_steps=args.steps,
     **common.plain(args),
