@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model")  # pre-norm, RMS norm, rotary halves, gated feed-forward
@@ -147,8 +147,9 @@ def _masked_calls(
 def states(model: Any, plan: Layout) -> Tensor:
     """The trunk's last hidden states, after the final norm, of the tokens in ``plan.read``: [A, H]."""
     base = model.base_model
-    x = base.embed_tokens(plan.ids)
-    cos, sin = (half[0, :, None, : half.shape[-1] // 2] for half in base.rotary_emb(x[None], plan.position[None]))
+    x = _embedded(base.embed_tokens, plan.ids)
+    turns = base.rotary_emb(_wide(x[:0]), plan.position[None])
+    cos, sin = (half[0, :, None, : half.shape[-1] // 2] for half in turns)
     for number, layer in enumerate(base.layers):
         attention = layer.self_attn
         h = _norm(layer.input_layernorm, x)
@@ -162,33 +163,66 @@ def states(model: Any, plan: Layout) -> Tensor:
     return _norm(base.norm, x)
 
 
+def _embedded(module: Any, ids: Tensor) -> Tensor:
+    if type(module) is nn.Embedding and module.weight.dtype == torch.bfloat16 and module.padding_idx is None:
+        return _Lookup.apply(module.weight, ids)  # type: ignore[no-untyped-call,no-any-return]
+    return module(ids)  # type: ignore[no-any-return]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _norm(module: Any, x: Tensor) -> Tensor:
     return _RMSNorm.apply(x, module.weight, module.variance_epsilon)
 
 
+class _Lookup(torch.autograd.Function):
+    """Rows of a bf16 embedding; what a token adds to its gradient is summed in float32, however often it stands."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        return weight[ids]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        seen, place = ids.unique(return_inverse=True)
+        sums = torch.zeros(len(seen), ctx.shape[1], device=grad.device).index_add_(0, place, grad.float())
+        return grad.new_zeros(ctx.shape).index_copy_(0, seen, sums.to(grad.dtype)), None
+
+
 class _RMSNorm(torch.autograd.Function):
-    """weight * x / sqrt(mean(x^2) + eps), [L, H], in a few passes."""
+    """weight * x / sqrt(mean(x^2) + eps), [L, H], in a few passes; within in float32 at least."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        wide = _wide(x)
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight)
+        return (wide * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """dx = scale * (w g - x^ mean(w g x^)),  x^ = x * scale."""
         x, weight, scale = ctx.saved_tensors
+        low, grad, weight = x.dtype, _wide(grad), _wide(weight)
         normed = x * scale
         product = grad * normed
         weight_grad = product.sum(0)
         mean = torch.mv(product, weight).div_(x.shape[-1])
-        return (grad * weight).addcmul_(normed, mean[:, None], value=-1).mul_(scale), weight_grad, None
+        return (grad * weight).addcmul_(normed, mean[:, None], value=-1).mul_(scale).to(low), weight_grad, None
 
 
 class _Attention(torch.autograd.Function):
-    """Rotary embedding and attention, call by call, of flat q [A, heads D], k, v [L, key-value heads D]."""
+    """Rotary embedding and attention, call by call, of flat q [A, heads D], k, v [L, key-value heads D].
+
+    Within in float32 at least: the kernel's backward is slower in bf16, up to three times for short rows.
+    """
 
     @staticmethod
     def forward(
@@ -201,6 +235,7 @@ class _Attention(torch.autograd.Function):
         calls: list[_Call],
         size: int,
     ) -> Tensor:
+        low, v = q.dtype, _wide(v)
         q, k, v = (x.view(len(x), -1, size) for x in (q, k, v))
         copies = q.shape[1] // k.shape[1]
         q, k = _turned(q, *q_turn), _turned(k, *k_turn)
@@ -220,14 +255,14 @@ class _Attention(torch.autograd.Function):
             normalisers.append(normaliser)
         ctx.save_for_backward(q, k, v, out, *normalisers)
         ctx.rest = (q_turn, k_turn, calls, copies)
-        return out.view(len(out), -1)
+        return out.view(len(out), -1).to(low)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, *normalisers = ctx.saved_tensors
         q_turn, k_turn, calls, copies = ctx.rest
-        grad = grad.view(q.shape)
+        low, grad = grad.dtype, _wide(grad).view(q.shape)
         q_grad, k_grad, v_grad = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for call, normaliser in zip(calls, normalisers, strict=True):
             parts = _flash_backward(
@@ -253,12 +288,12 @@ class _Attention(torch.autograd.Function):
             k_grad, v_grad = (x.unflatten(1, (-1, copies)).sum(2) for x in (k_grad, v_grad))
         (q_cos, q_sin), (k_cos, k_sin) = q_turn, k_turn
         q_grad, k_grad = _turned(q_grad, q_cos, -q_sin), _turned(k_grad, k_cos, -k_sin)
-        return *(x.reshape(len(x), -1) for x in (q_grad, k_grad, v_grad)), None, None, None, None
+        return *(x.reshape(len(x), -1).to(low) for x in (q_grad, k_grad, v_grad)), None, None, None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of [n, heads, D] by halves; cos, sin: [n, 1, D/2]. With -sin: the inverse, and the gradient."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    out = torch.empty(x.shape, dtype=cos.dtype, device=x.device)
     half = x.shape[-1] // 2
     a, b, out_a, out_b = x[..., :half], x[..., half:], out[..., :half], out[..., half:]
     torch.mul(a, cos, out=out_a).addcmul_(b, sin, value=-1)

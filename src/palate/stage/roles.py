@@ -11,6 +11,7 @@ from palate.config import RunConfig
 from palate.data.chat import Chat
 from palate.errors import ConfigError, ModelError
 from palate.models.load import load_policy, load_scalar, new_policy
+from palate.models.precision import master_of, use_working_copies
 from palate.models.rewards import load_reward, members
 from palate.models.roles import AdapterOff, reference_of
 from palate.types import Models
@@ -41,6 +42,8 @@ def load_trained(config: RunConfig, tokenizer: Any) -> nn.Module:
 def _placed(model: nn.Module, config: RunConfig) -> nn.Module:
     if config.dtype == "bfloat16":
         model = model.to(torch.bfloat16)
+    elif config.dtype == "mixed" and torch.device(config.device).type == "cpu":
+        use_working_copies(model)
     elif config.dtype == "mixed":
         model.compute_dtype = torch.bfloat16  # type: ignore[assignment]
     return model.to(config.device).train(False)
@@ -107,7 +110,7 @@ class Role(NamedTuple):
     trained: int
     dtype: str
     weights: int  # bytes
-    training: int  # bytes of gradients and AdamW's two moments
+    training: int  # bytes of gradients, AdamW's two moments, and float32 masters where the weights are copies of them
 
 
 def bill(models: Models, trains: tuple[str, ...]) -> list[Role]:
@@ -151,5 +154,10 @@ def _line(role: str, what: str, model: nn.Module, trains: bool) -> Role:
         sum(p.numel() for p in learning),
         max(sizes, key=lambda name: sizes[name]) if sizes else "",
         sum(p.numel() * p.element_size() for p in parameters),
-        sum(3 * p.numel() * p.element_size() for p in learning),
+        sum(_learning_bytes(p) for p in learning),
     )
+
+
+def _learning_bytes(parameter: nn.Parameter) -> int:
+    master = master_of(parameter)
+    return (3 + (master is not parameter)) * master.numel() * master.element_size()

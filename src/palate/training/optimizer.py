@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from palate.models.precision import master_of, round_to_working
 from palate.training.settings import TrainingSettings, steps_of
 from palate.types import Method, Models
 
@@ -15,9 +16,9 @@ _EMBEDDINGS = ("embed", "wte", "wpe")  # as transformers calls them, of tokens a
 
 
 def trained_parameters(models: Models, method: Method) -> dict[str, dict[str, nn.Parameter]]:
-    """Role -> name -> parameter, of everything that receives a gradient."""
+    """Role -> name -> parameter, of everything that learns: of a weight with a float32 master, the master."""
     return {
-        role: {name: p for name, p in getattr(models, role).named_parameters() if p.requires_grad}
+        role: {name: master_of(p) for name, p in getattr(models, role).named_parameters() if p.requires_grad}
         for role in method.trains
     }
 
@@ -38,13 +39,19 @@ def make_optimizer(
             {"params": others, "weight_decay": 0.0, "peak": rate},
         ]
     parts = [part for part in parts if part["params"]]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         parts,
         lr=settings.learning_rate,
         betas=(settings.beta1, settings.beta2),
         eps=settings.epsilon,
         fused=True,
     )
+    optimizer.register_step_post_hook(lambda stepped, *_: round_to_working(_all(stepped)))
+    return optimizer
+
+
+def _all(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
+    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def schedule(step: int, total: int, settings: TrainingSettings) -> float:
