@@ -105,7 +105,7 @@ def load_policy(
             the reference for nothing.
         dtype: "float32"; "bfloat16" (weights and arithmetic; adapters and scalar heads stay in float32); "mixed" (bf16
             products, but the weights that learn are float32: full fine-tuning with small learning rates needs it,
-            because an update of less than 1/256 of a weight is lost in bf16). How mixed is done depends on the device:
+            because an update of less than 1/512 of a weight is lost in bf16). How mixed is done depends on the device:
             on a GPU by autocast; on a CPU the model's parameters are bf16 copies of float32 masters, which
             ``training.optimizer`` steps (``models/precision.py``), and what does not learn is bf16.
         device: "cpu", "cuda", "cuda:1", ...

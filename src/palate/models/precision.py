@@ -1,6 +1,6 @@
 """Mixed precision on a CPU: bf16 copies of the weights that work, float32 masters that learn.
 
-bf16 holds 8 bits of a number, so that an update of less than 1/256 of a weight is lost in it; its products take half the
+bf16 holds 8 bits of a number, so that an update of less than 1/512 of a weight is lost in it; its products take half the
 time or less where the processor has units for them. So a trained weight is held twice:
 
     the model's parameter   bf16: all that forward, backward, head and sampler see; rounded anew once an optimizer step

@@ -110,7 +110,7 @@ class Role(NamedTuple):
     trained: int
     dtype: str
     weights: int  # bytes
-    training: int  # bytes of gradients, AdamW's two moments, and float32 masters where the weights are copies of them
+    training: int  # bytes of gradients, AdamW's two moments, and the float32 masters of bf16 copies
 
 
 def bill(models: Models, trains: tuple[str, ...]) -> list[Role]:
