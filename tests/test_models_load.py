@@ -98,9 +98,10 @@ def test_the_head_of_a_bf16_reward_has_the_files_own_digits(folders, tmp_path):
     assert torch.allclose(response_scores(model, rows(6)), response_scores(saved, rows(6)), atol=0.1)
 
 
-def test_mixed_keeps_float32_weights_and_multiplies_in_bf16(folders):
-    model = load_policy(folders / "llama", dtype="mixed")
-    assert {p.dtype for p in model.parameters()} == {torch.float32} and model.compute_dtype == torch.bfloat16
+def test_mixed_multiplies_in_bf16_and_learns_in_float32(folders):
+    model, exact = (load_policy(folders / "llama", dtype=dtype) for dtype in ("mixed", "float32"))
+    for weight, digits in zip(model.parameters(), exact.parameters(), strict=True):
+        assert weight.dtype == torch.bfloat16 and torch.equal(weight.master, digits)
 
 
 @pytest.mark.parametrize("load", [load_policy, load_scalar])

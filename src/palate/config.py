@@ -147,7 +147,9 @@ class RunConfig(BaseModel):
         "same, with the value as a head on the policy itself",
     )
     dtype: Literal["float32", "bfloat16", "mixed"] = Field(
-        "float32", description="of weights and products; mixed = float32 weights, bfloat16 products; heads are float32"
+        "float32",
+        description="of weights and products; mixed = bfloat16 products, and float32 for the weights that learn; heads are "
+        "float32; see docs/runs.md",
     )
     device: str = Field("auto", description='"cpu", "cuda", "cuda:1"; "auto" = cuda where there is one')
     data: DataSettings = Field(default_factory=DataSettings)

@@ -214,9 +214,11 @@ def _agrees_flat(model: Any) -> bool:
     real, response = column < torch.tensor([[12], [9], [10]]), column > 4
     tokens = Tokens(ids, real, real & response, torch.tensor([0, 0, 1]))
     ways = [[*way(model, contextlib.nullcontext, tokens, False)] for way in (_padded, _flat)]
-    own, flat = (_scatter_states(tokens, reads) for reads in ways)
-    tolerance = 1e-3 if own.dtype == torch.float32 else 5e-2
-    return bool(torch.allclose(own, flat, atol=tolerance, rtol=tolerance))
+    own, flat = (_wide(_scatter_states(tokens, reads)) for reads in ways)
+    low = torch.bfloat16 in (next(model.parameters()).dtype, getattr(model, "compute_dtype", None))
+    if low:  # of all states together: every layer rounds twice, and the largest of thousands of differences says little
+        return bool((own - flat).norm() <= 5e-2 * own.norm())
+    return bool(torch.allclose(own, flat, atol=1e-3, rtol=1e-3))
 
 
 def _scatter_states(tokens: Tokens, reads: list[_Read]) -> Tensor:

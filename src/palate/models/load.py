@@ -28,6 +28,7 @@ from palate.models.checks import (
 )
 from palate.models.dropout import without_dropout, without_dropout_config
 from palate.models.heads import HEAD_NAMES, base_of, new_score_head, normalisation, scalar_head
+from palate.models.precision import use_working_copies
 from palate.models.quiet import did_you_mean, first_line, quiet
 from palate.models.save import save_model
 from palate.models.scratch import new_policy
@@ -104,9 +105,11 @@ def load_policy(
             and adapter as one peft model whose adapter is trained on; with ``lora`` the adapter is merged into the base
             first, so that the new adapter switched off is the model of the folder (the SFT model, say) and serves as
             the reference for nothing.
-        dtype: "float32"; "bfloat16" (weights and arithmetic; adapters and scalar heads stay in float32); "mixed"
-            (float32 weights, bf16 matrix products: full fine-tuning with small learning rates needs it, because an
-            update of less than 1/256 of a weight is lost in bf16).
+        dtype: "float32"; "bfloat16" (weights and arithmetic; adapters and scalar heads stay in float32); "mixed" (bf16
+            products, but the weights that learn are float32: full fine-tuning with small learning rates needs it,
+            because an update of less than 1/512 of a weight is lost in bf16). How mixed is done depends on the device:
+            on a GPU by autocast; on a CPU the model's parameters are bf16 copies of float32 masters, which
+            ``training.optimizer`` steps (``models/precision.py``), and what does not learn is bf16.
         device: "cpu", "cuda", "cuda:1", ...
         lora: a new adapter, the only thing that is trained.
         trainable: False freezes every weight.
@@ -392,6 +395,9 @@ def _ready(
         model = adapters.add_lora(model, lora, seed=seed, scalar=scalar)
     if not trainable:
         model.requires_grad_(False)
+    if getattr(inner, "compute_dtype", None) is not None and next(inner.parameters()).device.type == "cpu":
+        del inner.compute_dtype
+        use_working_copies(model)
     # Training mode only matters to dropout here; without it, evaluation mode keeps every other kind of noise off too.
     model.train(trainable and (keep_dropout or (lora is not None and lora.dropout > 0)))
     return model

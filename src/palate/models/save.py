@@ -19,6 +19,7 @@ from torch import nn
 from palate.errors import PalateError, RunError
 from palate.models import adapters
 from palate.models.heads import HEAD_NAMES, base_of, normalisation
+from palate.models.precision import exact_weights
 from palate.models.quiet import quiet
 
 
@@ -42,6 +43,8 @@ def save_model(
     reads "the last token that is not padding"; where the tokenizer has none to spare it gets none, and transformers then
     refuses padded batches instead of scoring the token before the end.
 
+    The weights are written in the type that they are held in; those with a float32 master (``precision.py``) as it.
+
     Args:
         folder: written to ``.<name>.saving`` beside it and renamed.
         overwrite: replace an earlier model folder; any other existing folder is refused.
@@ -64,7 +67,7 @@ def save_model(
     elif stops and getattr(inner, "generation_config", None) is not None:
         inner.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
         _make_savable(inner.generation_config)
-    with new_folder(folder, overwrite=overwrite) as target, quiet():
+    with new_folder(folder, overwrite=overwrite) as target, quiet(), exact_weights(model):
         _write(model, target, scalar=scalar, merge=merge_adapter)
         tokenizer.save_pretrained(target)
 

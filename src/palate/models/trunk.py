@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from palate.models.activations import Context, checkpointed
 from palate.models.blocks import Call, Places, attention_half, feed_forward_half, rms_norm, wide
@@ -143,7 +144,7 @@ def states(model: Any, plan: Layout, again: Context | None = None) -> Tensor:
         again: given, only what enters a layer is kept for the backward pass, and the layer is run again in this context.
     """
     base = model.base_model
-    x = base.embed_tokens(plan.ids)
+    x = _embedded(base.embed_tokens, plan.ids)
     turns = base.rotary_emb(wide(x[:0]), plan.position[None])
     cos, sin = (half[0, :, None, : half.shape[-1] // 2] for half in turns)
     places = Places(None, (cos, sin), (cos, sin), plan.calls)
@@ -156,3 +157,27 @@ def states(model: Any, plan: Layout, again: Context | None = None) -> Tensor:
 
 def _layer(layer: Any, x: Tensor, places: Places) -> Tensor:
     return feed_forward_half(layer, attention_half(layer, x, places))
+
+
+def _embedded(module: Any, ids: Tensor) -> Tensor:
+    if type(module) is nn.Embedding and module.weight.dtype == torch.bfloat16 and module.padding_idx is None:
+        return _Lookup.apply(module.weight, ids)  # type: ignore[no-untyped-call,no-any-return]
+    return module(ids)  # type: ignore[no-any-return]
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a bf16 embedding; what a token adds to its gradient is summed in float32, however often it stands."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        return weight[ids]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        seen, place = ids.unique(return_inverse=True)
+        sums = torch.zeros(len(seen), ctx.shape[1], device=grad.device).index_add_(0, place, grad.float())
+        return grad.new_zeros(ctx.shape).index_copy_(0, seen, sums.to(grad.dtype)), None

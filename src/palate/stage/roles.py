@@ -13,6 +13,7 @@ from palate.data.chat import Chat
 from palate.errors import ConfigError, ModelError
 from palate.models.adapters import adapter_config, adapter_has_head, is_adapted
 from palate.models.load import load_policy, load_scalar, new_policy
+from palate.models.precision import master_of, use_working_copies
 from palate.models.rewards import load_reward, members
 from palate.models.roles import AdapterOff, reference_of
 from palate.models.sharing import stands_on, value_head_on
@@ -48,6 +49,8 @@ def load_trained(config: RunConfig, tokenizer: Any) -> nn.Module:
 def _placed(model: nn.Module, config: RunConfig) -> nn.Module:
     if config.dtype == "bfloat16":
         model = model.to(torch.bfloat16)
+    elif config.dtype == "mixed" and torch.device(config.device).type == "cpu":
+        use_working_copies(model)
     elif config.dtype == "mixed":
         model.compute_dtype = torch.bfloat16  # type: ignore[assignment]
     return model.to(config.device).train(False)
@@ -193,7 +196,7 @@ class Role(NamedTuple):
     trained: int
     dtype: str
     weights: int  # bytes
-    training: int  # bytes of gradients and the optimizer's state
+    training: int  # bytes of gradients, the optimizer's state, and the float32 masters of bf16 copies
 
 
 def bill(models: Models, trains: tuple[str, ...], optimizer: str = "adamw", *, ahead: int = 0) -> list[Role]:
@@ -253,5 +256,12 @@ def _line(role: str, model: Any, optimizer: str | None, held: set[int]) -> Role:
         sum(p.numel() for p in learning),
         max(sizes, key=lambda name: sizes[name]) if sizes else "",
         sum(p.untyped_storage().nbytes() for p in parameters),
-        sum(p.numel() * p.element_size() + state_bytes(p, optimizer) for p in learning if optimizer),
+        sum(_learning_bytes(p, optimizer) for p in learning if optimizer),
     )
+
+
+def _learning_bytes(parameter: nn.Parameter, optimizer: str) -> int:
+    """Of what learns in its place: gradient, optimizer state, and itself where it is a master."""
+    master = master_of(parameter)
+    own = master.numel() * master.element_size()
+    return own + state_bytes(master, optimizer) + (own if master is not parameter else 0)

@@ -24,6 +24,7 @@ from palate.health.alarm import History, text
 from palate.health.watch import FILE as ALARMS
 from palate.health.watch import alarmed
 from palate.models.load import load_policy, load_tokenizer
+from palate.models.precision import NOT_FASTER, has_bf16_units
 from palate.models.save import save_model
 from palate.report.metrics import read_metrics
 from palate.report.page import report_run
@@ -176,6 +177,8 @@ def load_stage(config: RunConfig, say: Say) -> Stage:
     for origin in origins:
         say(origin)
     say(where_from(config))
+    if config.dtype != "float32" and torch.device(config.device).type == "cpu" and not has_bf16_units():
+        say("warning: " + NOT_FASTER.format(dtype=config.dtype))
     if config.method.settings.reads == "prompts":
         _say_what_truncates(config, say)
     model = load_trained(config, tokenizer)

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from palate.errors import RunError
+from palate.models.precision import round_to_working
 from palate.models.save import with_usual_modes
 from palate.types import Method
 
@@ -111,6 +112,7 @@ def load_weights(path: Path, parameters: Parameters) -> None:
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(saved[name])
+    round_to_working(wanted.values())
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from palate.errors import ConfigError
+from palate.models.precision import master_of, round_to_working
 from palate.training.offloaded import OffloadedAdamW
 from palate.training.settings import TrainingSettings, steps_of
 from palate.types import Method, Models
@@ -20,12 +21,15 @@ _EMBEDDINGS = ("embed", "wte", "wpe")  # as transformers calls them, of tokens a
 
 
 def trained_parameters(models: Models, method: Method) -> dict[str, dict[str, nn.Parameter]]:
-    """Role -> name -> parameter, of everything that receives a gradient; what two roles share is the first one's."""
+    """Role -> name -> parameter, of everything that learns; what two roles share is the first one's.
+
+    Of a weight with a float32 master it is the master.
+    """
     found: dict[str, dict[str, nn.Parameter]] = {}
     taken: set[int] = set()
     for role in method.trains:
-        named = getattr(models, role).named_parameters()
-        found[role] = {name: p for name, p in named if p.requires_grad and id(p) not in taken}
+        named = {name: master_of(p) for name, p in getattr(models, role).named_parameters() if p.requires_grad}
+        found[role] = {name: p for name, p in named.items() if id(p) not in taken}
         taken |= {id(p) for p in found[role].values()}
     return found
 
@@ -53,11 +57,18 @@ def make_optimizer(
     betas = (settings.beta1, settings.beta2)
     given: dict[str, Any] = {"lr": settings.learning_rate, "betas": betas, "eps": settings.epsilon}
     if settings.optimizer == "adamw_8bit":
-        return _eight_bit()(parts, **given, min_8bit_size=MIN_8BIT)
-    on_cpu = all(p.device.type == "cpu" for named in parameters.values() for p in named.values())
-    offload = settings.optimizer == "adamw_offload" and not on_cpu
-    # Fused: one pass over the state, 2 to 3 times as fast as operation by operation on a CPU.
-    return (OffloadedAdamW if offload else torch.optim.AdamW)(parts, **given, fused=True)
+        optimizer = _eight_bit()(parts, **given, min_8bit_size=MIN_8BIT)
+    else:
+        on_cpu = all(p.device.type == "cpu" for named in parameters.values() for p in named.values())
+        offload = settings.optimizer == "adamw_offload" and not on_cpu
+        # Fused: one pass over the state, 2 to 3 times as fast as operation by operation on a CPU.
+        optimizer = (OffloadedAdamW if offload else torch.optim.AdamW)(parts, **given, fused=True)
+    optimizer.register_step_post_hook(lambda stepped, *_: round_to_working(_all(stepped)))
+    return optimizer
+
+
+def _all(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
+    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def check_optimizer(settings: TrainingSettings, device: str) -> str:
