@@ -119,7 +119,9 @@ def side_by_side(job: str, dtypes: list[str], model: Path, work: Path, steps: in
 def memory(job: str, dtype: str, model: Path, work: Path) -> float:
     """Peak resident memory above import of two steps in a fresh process, MB."""
     command = [sys.executable, __file__, "--memory", job, dtype, str(model), str(work)]
-    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+    return float(
+        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    )
 
 
 def _memory_here(job: str, dtype: str, model: Path, work: Path) -> None:
@@ -155,7 +157,9 @@ def main() -> None:
     work = make(8192)
     models = work.parent.parent / "precision"
     units = "with" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "without"
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU {units} bf16 units, {os.cpu_count()} cores\n")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU {units} bf16 units, {os.cpu_count()} cores\n"
+    )
     print("| size | job | dtype | tokens/s | of float32 | loss | peak memory above import |")
     print("|---|---|---|---|---|---|---|")
     for size in args.sizes:

@@ -116,7 +116,9 @@ def test_who_stays_says_why():
 
     policy = tiny().requires_grad_(True)
     assert reason("dpo", "reference", Models(policy=policy, reference=tiny(seed=1))) == ""
-    assert "no weights of its own" in reason("dpo", "reference", Models(policy=(p := _adapted()), reference=AdapterOff(p)))
+    assert "no weights of its own" in reason(
+        "dpo", "reference", Models(policy=(p := _adapted()), reference=AdapterOff(p))
+    )
     assert "shares weights" in reason("dpo", "reference", Models(policy=policy, reference=policy))
     assert "let go" in reason("dpo", "reference", Models(policy=policy))
     assert "CPU" in reason("dpo", "reference", Models(policy=policy, reference=tiny(seed=1)), device="cpu")
