@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -154,7 +155,7 @@ def test_rows_that_take_the_places_of_others_change_no_sample(
     flat_steps.clear()
     equal(draw(model, prompts, samples_per_prompt=copies, max_batch_rows=7), together)
     rows = [rows for rows, _ in flat_steps]
-    assert max(rows) <= 7 and any(after > before for before, after in zip(rows, rows[1:], strict=False))
+    assert max(rows) <= 7 and any(after > before for before, after in itertools.pairwise(rows))
     assert sum(rows) == int(together.response_mask.sum()) - len(together)  # nothing is computed for rows that ended
 
 

@@ -63,9 +63,7 @@ class Bunch:
         """The next ``attend`` of every layer is for one token more."""
         if self.filled == self.own.shape[-2]:
             self._hold(min(self.filled + _GROWTH, self.most))
-            self.mask = torch.nn.functional.pad(
-                self.mask, (0, self.own.shape[-2] - self.filled), value=float("-inf")
-            )
+            self.mask = torch.nn.functional.pad(self.mask, (0, self.own.shape[-2] - self.filled), value=float("-inf"))
         self.mask[:, :, self.filled] = 0
         self.filled += 1
         self._keys, self._values = _matrices(self.own[:, :, : self.rows])
@@ -99,7 +97,7 @@ class Bunch:
 
     def _by_prompt(self, x: Tensor) -> Tensor:
         """[n, heads, G, any] -> [P heads, K G, any]; zeros for rows that have ended."""
-        rows, heads, serves, size = x.shape
+        _, heads, serves, size = x.shape
         if self.place is not None:
             x = x.new_zeros(self.prompt.shape[2] * self.copies, heads, serves, size).index_copy_(0, self.place, x)
         return x.view(-1, self.copies, heads, serves, size).transpose(1, 2).reshape(-1, self.copies * serves, size)

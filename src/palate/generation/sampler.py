@@ -131,9 +131,7 @@ def _seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
 
 
-def _batches(
-    prompts: Sequence[Sequence[int]], copies: int, max_rows: int, device: torch.device
-) -> Iterator[Batch]:
+def _batches(prompts: Sequence[Sequence[int]], copies: int, max_rows: int, device: torch.device) -> Iterator[Batch]:
     """Every row once: prompts of like length together, a prompt's samples together if they fit."""
     by_length = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
     for first in range(0, copies, max_rows):
