@@ -116,3 +116,26 @@ def test_uniforms_are_uniform_and_unrelated() -> None:
 def test_settings_out_of_range_are_named(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=field):
         SamplingSettings(**{field: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 1000, 8192])
+def test_block_sums_find_the_column_of_the_whole_running_sum(size: int) -> None:
+    """Also with zeros, and for the largest and smallest random numbers."""
+    generator = torch.Generator().manual_seed(size)
+    weights = torch.randn(40, size, generator=generator).mul(4).softmax(-1)
+    weights[:20] *= torch.rand(20, size, generator=generator) < 0.5
+    weights[:, 0] += 1e-3
+    uniform = torch.rand(40, dtype=torch.float64, generator=generator)
+    uniform[0], uniform[1] = 0, 1 - 2.0**-52
+    running = weights.cumsum(-1, dtype=torch.float64)
+    expected = torch.searchsorted(running, uniform[:, None] * running[:, -1:], right=True)[:, 0]
+    found = inverse_cdf(weights, uniform)
+    assert torch.equal(found[2:], expected[2:]) and found[0] == expected[0]
+    assert weights[1, found[1]] > 0 and not weights[1, found[1] + 1 :].any()
+
+
+def test_the_logprob_of_a_token_that_underflows_is_exact() -> None:
+    """The only allowed token has probability e^-200, less than a float32 can hold."""
+    logits = torch.tensor([[0.0, -200.0]])
+    token, logprob = draw(logits, torch.zeros(1, dtype=torch.float64), SamplingSettings(), torch.tensor([0]))
+    assert token.item() == 1 and logprob.item() == -200

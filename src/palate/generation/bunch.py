@@ -23,6 +23,11 @@ class Shape(NamedTuple):
     size: int  # of a head, D
 
 
+# Columns that are added at once. Matrices that lie in memory without gaps are read twice as fast, so attention runs over
+# all columns that there are, hiding those that are still empty: few, for they are read in vain.
+_GROWTH = 32
+
+
 class Bunch:
     """P prompts with K rows each, prompt by prompt until the first row ends.
 
@@ -34,16 +39,18 @@ class Bunch:
 
     def __init__(self, shape: Shape, lengths: Sequence[int], copies: int, steps: int) -> None:
         self.copies, self.width, self.rows = copies, max(lengths), len(lengths) * copies
-        self.prompt = self.own = _columns(shape, len(lengths), self.width + (steps if copies == 1 else 0))
-        self.filled = self.width  # columns of ``own`` that hold a token
-        if copies > 1:
-            self.own, self.filled = _columns(shape, self.rows, steps), 0
+        self.filled = self.width if copies == 1 else 0  # columns of ``own`` that hold a token
+        self.most = self.filled + steps
+        self.own = _columns(shape, self.rows, min(self.filled + _GROWTH, self.most))
+        self.prompt = self.own if copies == 1 else _columns(shape, len(lengths), self.width)
+        # Numbers to add to scores: -inf before a prompt begins, and in empty columns.
         before = self.width - torch.tensor(lengths)
-        # Numbers to add to scores, [P, 1, width]: -inf before a prompt begins. None: nothing to hide.
-        self.mask: Tensor | None = None
-        if bool(before.any()):
-            hidden = torch.arange(self.width) < before[:, None, None]
-            self.mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        hidden = torch.where(torch.arange(self.width) < before[:, None, None], float("-inf"), 0.0)  # [P, 1, width]
+        empty = torch.full((1, 1, self.own.shape[-2]), float("-inf"))
+        self.mask, self.prompt_mask = empty, hidden  # [n or 1, 1, columns of ``own``], [P, 1, width]
+        if copies == 1:
+            self.mask = empty.repeat(len(lengths), 1, 1)
+            self.mask[:, :, : self.width] = hidden
         # Of each row its place among all the prompts' rows, prompt K + sample; None: in that order, none missing.
         self.place: Tensor | None = None
 
@@ -54,12 +61,14 @@ class Bunch:
 
     def begin_token(self) -> None:
         """The next ``attend`` of every layer is for one token more."""
+        if self.filled == self.own.shape[-2]:
+            self._hold(min(self.filled + _GROWTH, self.most))
+            self.mask = torch.nn.functional.pad(self.mask, (0, self.own.shape[-2] - self.filled), value=float("-inf"))
+        self.mask[:, :, self.filled] = 0
         self.filled += 1
-        self._keys, self._values = _matrices(self.own[:, :, : self.rows, :, : self.filled])
+        self._keys, self._values = _matrices(self.own[:, :, : self.rows])
         if self.copies > 1:
             self._prompt_keys, self._prompt_values = _matrices(self.prompt)
-        elif self.mask is not None and self.mask.shape[-1] < self.filled:  # room for many tokens more, at once
-            self.mask = torch.nn.functional.pad(self.mask, (0, self.own.shape[-2] - self.mask.shape[-1]))
 
     def attend(self, layer: int, queries: Tensor, key_values: Tensor) -> Tensor:
         """Write one token a row and attend to all of its row.
@@ -75,14 +84,12 @@ class Bunch:
         self.own[layer, :, :rows, :, self.filled - 1] = key_values.transpose(0, 1)
         flat = queries.reshape(rows * heads, serves, size)
         scores = torch.bmm(flat, self._keys[layer])
+        scores.view(rows, heads * serves, -1).add_(self.mask)
         if self.copies == 1:
-            if self.mask is not None:
-                scores.view(rows, heads * serves, -1).add_(self.mask[:, :, : self.filled])
             return torch.bmm(scores.softmax(-1), self._values[layer]).view(rows, -1)
         before = self._by_prompt(queries)
         prompt_scores = torch.bmm(before, self._prompt_keys[layer])
-        if self.mask is not None:
-            prompt_scores.view(len(self.mask), -1, self.width).add_(self.mask)
+        prompt_scores.view(len(self.prompt_mask), -1, self.width).add_(self.prompt_mask)
         whole = torch.cat([self._by_row(prompt_scores, heads, serves), scores], -1).softmax(-1)
         weights = self._by_prompt(whole[..., : self.width].view(rows, heads, serves, -1))
         mixed = self._by_row(torch.bmm(weights, self._prompt_values[layer]), heads, serves)
@@ -90,7 +97,7 @@ class Bunch:
 
     def _by_prompt(self, x: Tensor) -> Tensor:
         """[n, heads, G, any] -> [P heads, K G, any]; zeros for rows that have ended."""
-        rows, heads, serves, size = x.shape
+        _, heads, serves, size = x.shape
         if self.place is not None:
             x = x.new_zeros(self.prompt.shape[2] * self.copies, heads, serves, size).index_copy_(0, self.place, x)
         return x.view(-1, self.copies, heads, serves, size).transpose(1, 2).reshape(-1, self.copies * serves, size)
@@ -120,7 +127,7 @@ class Bunch:
         self.rows = left
         if self.copies > 1:
             self.place = order if self.place is None else self.place[order]
-        elif self.mask is not None:
+        else:
             self.mask = self.mask[order]
         self._shrink()
         return order
@@ -128,15 +135,22 @@ class Bunch:
     def _shrink(self) -> None:
         """Give memory back whenever half of it serves no row any more."""
         if 0 < self.rows <= self.own.shape[2] // 2:
-            smaller = self.own.new_zeros(*self.own.shape[:2], self.rows, *self.own.shape[3:])
-            smaller[..., : self.filled, :] = self.own[:, :, : self.rows, :, : self.filled]
-            self.own = smaller
+            self._hold(self.own.shape[-2])
         if self.place is not None and len(self.place):
             used, new = torch.unique(self.place // self.copies, return_inverse=True)
             if len(used) <= self.prompt.shape[2] // 2:
                 self.prompt = self.prompt[:, :, used].contiguous()
-                self.mask = None if self.mask is None else self.mask[used]
+                self.prompt_mask = self.prompt_mask[used]
                 self.place = new * self.copies + self.place % self.copies
+
+    def _hold(self, columns: int) -> None:
+        """Move to memory of so many columns, and of no more rows than there are."""
+        layers, two, _, heads, _, size = self.own.shape
+        held = self.own.new_zeros(layers, two, self.rows, heads, columns, size)
+        held[..., : self.filled, :] = self.own[:, :, : self.rows, :, : self.filled]
+        self.own = held
+        if self.copies == 1:
+            self.prompt = held
 
 
 def _columns(shape: Shape, rows: int, columns: int) -> Tensor:

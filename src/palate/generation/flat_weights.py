@@ -59,7 +59,9 @@ def weights_of(model: nn.Module, rows: int, positions: int) -> Weights | None:
     base, head = core.base_model, core.get_output_embeddings()
     if type(base.embed_tokens) is not nn.Embedding or type(head) is not nn.Linear:
         return None
-    linears = [[_linear(getattr(block, name)) for block, name in _names(layer)] for layer in base.layers]
+    linears: list[list[Any]] = [
+        [_linear(getattr(block, name)) for block, name in _names(layer)] for layer in base.layers
+    ]
     parts = [part for layer in linears for part in layer] + [(head.weight, head.bias)]
     if any(part is None for part in parts):
         return None
@@ -126,11 +128,11 @@ def _layer(layer: Any, parts: list[Any], rows: int, heads: int) -> Layer:
     return Layer(
         _epsilon(layer.input_layernorm),
         Packed(weight, bias, rows),
-        Packed(*output, rows),
+        Packed(output[0], output[1], rows),
         _epsilon(layer.post_attention_layernorm),
         Packed(gate[0] * gain, gate[1], rows),
         Packed(up[0] * gain, up[1], rows),
-        Packed(*down, rows),
+        Packed(down[0], down[1], rows),
     )
 
 
