@@ -116,9 +116,8 @@ def test_who_stays_says_why():
 
     policy = tiny().requires_grad_(True)
     assert reason("dpo", "reference", Models(policy=policy, reference=tiny(seed=1))) == ""
-    assert "no weights of its own" in reason(
-        "dpo", "reference", Models(policy=(p := _adapted()), reference=AdapterOff(p))
-    )
+    adapted = _adapted()
+    assert "no weights of its own" in reason("dpo", "reference", Models(policy=adapted, reference=AdapterOff(adapted)))
     assert "shares weights" in reason("dpo", "reference", Models(policy=policy, reference=policy))
     assert "let go" in reason("dpo", "reference", Models(policy=policy))
     assert "CPU" in reason("dpo", "reference", Models(policy=policy, reference=tiny(seed=1)), device="cpu")

@@ -288,6 +288,8 @@ def _placed(
     check_weights(model, where)
     if trunk is not None:
         assert adapters.is_adapted(model) or not trained_whole, "weights that are shared are never trained: give lora"
+        if _is_mixed_on_cpu(base_of(model), device):
+            use_working_copies(model, masters=False)  # as the trunk is held
         stand_on(model, trunk, where)
     _align(model)
     model = model.to(device_of(device))
@@ -395,12 +397,16 @@ def _ready(
         model = adapters.add_lora(model, lora, seed=seed, scalar=scalar)
     if not trainable:
         model.requires_grad_(False)
-    if getattr(inner, "compute_dtype", None) is not None and next(inner.parameters()).device.type == "cpu":
+    if _is_mixed_on_cpu(inner, inner.device):
         del inner.compute_dtype
         use_working_copies(model)
     # Training mode only matters to dropout here; without it, evaluation mode keeps every other kind of noise off too.
     model.train(trainable and (keep_dropout or (lora is not None and lora.dropout > 0)))
     return model
+
+
+def _is_mixed_on_cpu(inner: nn.Module, device: str | torch.device) -> bool:
+    return getattr(inner, "compute_dtype", None) is not None and torch.device(device).type == "cpu"
 
 
 def dtypes_of(dtype: str | torch.dtype) -> tuple[torch.dtype, torch.dtype | None]:

@@ -37,15 +37,19 @@ def has_bf16_units() -> bool:
     return bool(torch.backends.mkldnn.is_available() and mkldnn is not None and mkldnn())
 
 
-def use_working_copies(model: nn.Module) -> nn.Module:
-    """Hold a float32 model in bf16, in place; what learns gets a master. Scalar heads and adapters stay as they are."""
+def use_working_copies(model: nn.Module, *, masters: bool = True) -> nn.Module:
+    """Hold a float32 model in bf16, in place; what learns gets a master. Scalar heads and adapters stay as they are.
+
+    Args:
+        masters: False, nothing gets one: for weights that are about to be frozen.
+    """
     adapted = hasattr(model, "peft_config")
     for name, weight in model.named_parameters():
         if weight.dtype != torch.float32 or _stays(name) or (adapted and weight.requires_grad):
             continue
         exact = weight.data
         weight.data = exact.to(torch.bfloat16)
-        if weight.requires_grad:
+        if weight.requires_grad and masters:
             _give_master(weight, exact)
     return model
 

@@ -245,7 +245,7 @@ def _inner(model: Any) -> Any:
 
 def _line(role: str, model: Any, optimizer: str | None, held: set[int]) -> Role:
     """The role's line; None as ``optimizer``: nothing of it is trained. Where its weights stand in memory is added to ``held``."""
-    weights = {p.untyped_storage().data_ptr(): p for p in nn.ModuleList(models_in(model)).parameters()}
+    weights = {p.untyped_storage().data_ptr() or id(p): p for p in nn.ModuleList(models_in(model)).parameters()}
     parameters = [p for place, p in weights.items() if place not in held]
     shares = len(parameters) < len(weights)
     held.update(weights)
