@@ -226,10 +226,10 @@ def main(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
     (folder / "table.md").write_text(text(results))
     (folder / "summary.json").write_text(json.dumps(summary(results), indent=1))
-    print(text(results))
-    import picture  # imports matplotlib, which is not needed for the tables
+    import picture  # imports matplotlib, which the tables do not need
 
     picture.draw(results, folder)
+    print(text(results))
 
 
 if __name__ == "__main__":
