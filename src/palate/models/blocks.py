@@ -190,9 +190,8 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        x_grad, weight_grad = _norm_gradients(
-            *(y.reshape(-1, y.shape[-1]) for y in (grad, x)), weight, scale.view(-1, 1)
-        )
+        rows, grad_rows = x.reshape(-1, x.shape[-1]), grad.reshape(-1, x.shape[-1])
+        x_grad, weight_grad = _norm_gradients(grad_rows, rows, weight, scale.view(-1, 1))
         return x_grad.view(x.shape), weight_grad, None
 
 
