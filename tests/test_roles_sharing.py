@@ -283,7 +283,12 @@ def test_a_sum_of_rewards_shares_what_it_can(world):
     scored = models.reward(tokens())
     assert torch.allclose(scored.parts["cost"], response_scores(load_scalar(world / "cost"), tokens()), atol=1e-6)
     assert sum(line.weights for line in bill(models, METHOD.trains)) == weights_held(
-        Models(models.policy, models.reference, torch.nn.ModuleList(p for p, _ in models.reward.rewards.values()), models.value)
+        Models(
+            models.policy,
+            models.reference,
+            torch.nn.ModuleList(p for p, _ in models.reward.rewards.values()),
+            models.value,
+        )
     )
 
 
@@ -294,13 +299,21 @@ def test_a_sum_of_rewards_shares_what_it_can(world):
     ("settings", "error", "message"),
     [
         ({"sharing": "trunk", "lora": None}, ConfigError, "needs a trunk that training leaves alone. Give --lora"),
-        ({"sharing": "trunk", "reward": "foreign"}, ModelError, r"its base, .*other, is not that of the policy, .*base"),
+        (
+            {"sharing": "trunk", "reward": "foreign"},
+            ModelError,
+            r"its base, .*other, is not that of the policy, .*base",
+        ),
         ({"sharing": "trunk", "value": "foreign"}, ModelError, r"value model \(from value\).*weights are not the same"),
         ({"sharing": "trunk", "value": "whole"}, ModelError, "weights are not the same"),
         ({"sharing": "trunk", "reference": "foreign"}, ModelError, "not a language model|not that of the policy"),
         ({"sharing": "trunk", "model": "sft", "lora": None, "reward": "whole"}, ConfigError, "no adapter of its own"),
         ({"sharing": "trunk", "model": "sft"}, ModelError, "into which an earlier adapter was merged"),
-        ({"sharing": "trunk", "reward": {"model": "reward", "dtype": "bfloat16"}}, ModelError, "bfloat16 there, .*float32"),
+        (
+            {"sharing": "trunk", "reward": {"model": "reward", "dtype": "bfloat16"}},
+            ModelError,
+            "bfloat16 there, .*float32",
+        ),
         ({"sharing": "value_head", "value": "reward"}, ConfigError, "Leave value out"),
         ({"sharing": "value_head", "name": "trpo"}, ConfigError, "trpo moves the policy by its surrogate alone"),
         ({"sharing": "value_head", "name": "grpo"}, ConfigError, "grpo has no value model. Take sharing=trunk"),
@@ -345,7 +358,9 @@ def test_adapters_of_a_shared_trunk_are_saved_as_folders_of_their_own(world, tmp
         assert (tmp_path / role / "adapter_model.safetensors").exists()
         assert not (tmp_path / role / "model.safetensors").exists()
     plain = AutoModelForCausalLM.from_pretrained(world / "base")
-    assert torch.equal(peft.PeftModel.from_pretrained(plain, tmp_path / "policy")(ids).logits, models.policy(ids).logits)
+    assert torch.equal(
+        peft.PeftModel.from_pretrained(plain, tmp_path / "policy")(ids).logits, models.policy(ids).logits
+    )
     assert torch.equal(token_values(load_scalar(tmp_path / "value"), batch), token_values(models.value, batch))
     assert torch.equal(response_scores(load_scalar(tmp_path / "reward"), batch), response_scores(models.reward, batch))
 
@@ -368,7 +383,9 @@ def test_a_value_head_stands_on_any_trunk(architecture):
     policy, batch = tiny(architecture), tokens()
     value = value_head_on(policy, seed=3)
     assert value.base_model is policy.base_model and value.config is not policy.config
-    assert [n for n, p in value.named_parameters() if id(p) not in {id(q) for q in policy.parameters()}] == ["score.weight"]
+    assert [n for n, p in value.named_parameters() if id(p) not in {id(q) for q in policy.parameters()}] == [
+        "score.weight"
+    ]
     apart = copy.deepcopy(value), copy.deepcopy(policy)
     assert close(token_logprobs(policy, batch), token_logprobs(apart[1], batch))
     assert close(token_values(value, batch), token_values(apart[0], batch))

@@ -91,7 +91,9 @@ def load_roles(config: RunConfig, trained: nn.Module, chat: Chat, say: Say = lam
             model.requires_grad_(False).eval()
         if trunk is not None and model is not None and not shares:
             for name in _apart(model, trunk):
-                say(f"sharing={config.sharing}: the {role} ({name}) is no adapter on the policy's trunk and stays separate.")
+                say(
+                    f"sharing={config.sharing}: the {role} ({name}) is no adapter on the policy's trunk and stays separate."
+                )
     return models
 
 
@@ -121,7 +123,9 @@ def _trunk(config: RunConfig, trained: nn.Module, say: Say) -> nn.Module | None:
                 "out, or take sharing=trunk."
             )
         if not is_adapted(trained):
-            say("sharing=value_head: the policy has no adapter, so that reference and reward have weights of their own.")
+            say(
+                "sharing=value_head: the policy has no adapter, so that reference and reward have weights of their own."
+            )
             return None
     if not is_adapted(trained):
         raise ConfigError(
