@@ -121,18 +121,22 @@ def test_a_rung_computes_what_separate_models_with_its_weights_compute(world, sh
     for loss in losses:
         loss["loss"].total.backward()
     policy, other = (dict(model.named_parameters()) for model in shifted)
+    found, wanted = [], []
     for name, p in policy.items():
-        if p.requires_grad:
-            gradient = other[name].grad
-            if sharing == "value_head":
-                inside = name.removeprefix("base_model.model.")
-                gradient = gradient + dict(apart.value.named_parameters())[inside].grad
-                assert not close(p.grad, other[name].grad) or not gradient.any()  # the value's part is there
-            # bf16 rounds each product of a pass back (2^-9), and one pass of a sum is not the sum of two passes.
-            rounds = sharing == "value_head" and dtype != "float32"
-            assert close(p.grad, gradient, gradient.abs().max() * (2**-5 / 1e-5 if rounds else 1) + 1e-9), name
-        else:
+        if not p.requires_grad:
             assert p.grad is None
+            continue
+        gradient = other[name].grad
+        if sharing == "value_head":
+            inside = name.removeprefix("base_model.model.")
+            gradient = gradient + dict(apart.value.named_parameters())[inside].grad
+            assert not close(p.grad, other[name].grad) or not gradient.any()  # the value's part is there
+        found.append(p.grad.flatten())
+        wanted.append(gradient.flatten())
+        assert (sharing == "value_head" and dtype != "float32") or close(p.grad, gradient), name
+    # bf16 rounds every product to 2^-9 on its way back, and one pass of a sum is not the sum of two passes: there the whole
+    # gradient is compared, as closely as a few such roundings allow.
+    assert (torch.cat(found) - torch.cat(wanted)).norm() <= 2**-5 * torch.cat(wanted).norm()
     for name, p in trained_parameters(models, METHOD)["value"].items():
         gradient = dict(apart.value.named_parameters())[name].grad
         assert gradient.any() or "lora_A" in name, name

@@ -48,7 +48,7 @@ def read_once(model: Any, tokens: Tokens, run: Callable[[], Iterable[Any]]) -> I
         tokens: the rows; known by identity.
         run: makes the states, as objects with ``states``.
     """
-    trunk = getattr(model, "base_model", None)
+    trunk: Any = getattr(model, "base_model", None)
     if trunk not in _shared or not _worth_keeping(model, tokens):
         return run()
     moment = _moment(model, trunk)
@@ -70,7 +70,7 @@ def _worth_keeping(model: Any, tokens: Tokens) -> bool:
     return int(tokens.response_mask.sum()) * hidden_size(model) * 4 <= KEPT_BYTES
 
 
-def _moment(model: Any, trunk: nn.Module) -> tuple[Any, ...]:
+def _moment(model: Any, trunk: Any) -> tuple[Any, ...]:
     """What a pass depends on besides the rows."""
     switches = [
         (layer.disable_adapters, tuple(layer.active_adapters))
