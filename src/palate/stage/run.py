@@ -142,7 +142,8 @@ def reference_asked_once(stage: Stage, say: Say) -> Stage:
     The reference is let go then: ``models.reference`` is None unless the method asks for more.
     """
     config, models = stage.config, stage.models
-    asks, cache = getattr(config.method.settings, "asks_reference", None), cache_folder(config.reference_cache, "reference")
+    asks = getattr(config.method.settings, "asks_reference", None)
+    cache = cache_folder(config.reference_cache, "reference")
     if asks is None or cache is None or models.reference is None:
         return stage
     sides = items_with_reference(models.reference, stage.items, config.out, cache, torch.device(config.device), say)
@@ -185,7 +186,8 @@ def load_stage(config: RunConfig, say: Say) -> Stage:
     config = with_reward_ready(config, models, items, chat, say)
     say(_bill_table(config, models))
     conversations = any(not isinstance(record.prompt, str) for record in sides.train)
-    return Stage(config, chat, models, items, pretraining_items(config, chat, noted, say), conversations, account, origins)
+    pretraining = pretraining_items(config, chat, noted, say)
+    return Stage(config, chat, models, items, pretraining, conversations, account, origins)
 
 
 def _check_held_out(config: RunConfig, items: Sides) -> None:
