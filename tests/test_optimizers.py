@@ -140,9 +140,7 @@ def test_groups_rates_and_decay_are_those_of_the_plain_one(optimizer):
     parameters = trained_parameters(models, method)
     settings = TrainingSettings(learning_rate=1e-3, value_learning_rate=1e-2, weight_decay=0.1)
     wanted = make_optimizer(parameters, settings).param_groups
-    found = make_optimizer(
-        parameters, TrainingSettings(**{**vars(settings), "optimizer": optimizer})
-    ).param_groups
+    found = make_optimizer(parameters, TrainingSettings(**{**vars(settings), "optimizer": optimizer})).param_groups
     for one, other in zip(found, wanted, strict=True):
         assert [id(p) for p in one["params"]] == [id(p) for p in other["params"]]
         for key in ("peak", "weight_decay", "betas", "eps", "lr"):
@@ -204,7 +202,9 @@ def test_a_missing_library_is_said_with_the_command_that_brings_it(monkeypatch, 
 
 
 def test_an_unknown_optimizer_is_refused_with_those_that_are_known():
-    with pytest.raises(ConfigError, match=r"training.optimizer: found 'sgd', expected adamw, adamw_8bit, adamw_offload"):
+    with pytest.raises(
+        ConfigError, match=r"training.optimizer: found 'sgd', expected adamw, adamw_8bit, adamw_offload"
+    ):
         TrainingSettings(optimizer="sgd")
 
 

@@ -32,5 +32,7 @@ def test_the_first_step_needs_no_library_for_tables_plots_or_adapters(tmp_path: 
     (tmp_path / "a.jsonl").write_text("".join(lines))
     for method in ("dpo", "reward"):
         command = ["train", method, "--model", "base", "--data", "a.jsonl", "--out", f"runs/{method}", "--quiet"]
-        done = subprocess.run([sys.executable, "-c", CODE, *command], cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", CODE, *command], check=False, cwd=tmp_path, capture_output=True, text=True
+        )
         assert done.stdout.strip().endswith("imported: []"), done.stdout + done.stderr

@@ -31,7 +31,18 @@ from palate.stage.user_cache import keep_within
 LEAST = 1000  # records; fewer are tokenised in less time than one notices
 MOST_BYTES = 2**30  # of all entries together; those used longest ago go first
 # The modules whose code decides what an item is.
-_CODE = ("chat", "encode", "items", "kinds", "packed_items", "ranking", "segments", "template", "tokenizing", "truncate")
+_CODE = (
+    "chat",
+    "encode",
+    "items",
+    "kinds",
+    "packed_items",
+    "ranking",
+    "segments",
+    "template",
+    "tokenizing",
+    "truncate",
+)
 
 
 class Broken(Exception):
