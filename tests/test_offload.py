@@ -10,6 +10,7 @@ from palate.config import load_settings
 from palate.errors import ConfigError
 from palate.methods.dpo import DPO
 from palate.methods.ppo import PPO
+from palate.models.adapters import add_lora
 from palate.models.load import save_model
 from palate.models.resting import Resting, rest
 from palate.models.roles import AdapterOff
@@ -18,8 +19,6 @@ from palate.stage.offload import check_offload, put_to_rest, resting_roles
 from palate.training.loop import train
 from palate.types import Models
 from tiny import LORA, tiny, tokenizer_of
-
-CUDA = torch.device("cuda")
 
 
 def config_of(method, offload, **more):
@@ -130,8 +129,6 @@ def test_who_stays_says_why():
 
 
 def _adapted():
-    from palate.models.adapters import add_lora
-
     return add_lora(tiny(), LORA, seed=0, scalar=False)
 
 

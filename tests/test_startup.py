@@ -28,10 +28,11 @@ main()
 def test_the_first_step_needs_no_library_for_tables_plots_or_adapters(tmp_path: Path) -> None:
     tokenizer = tokenizer_of()
     save_model(tiny(tokenizer=tokenizer), tokenizer, tmp_path / "base")
-    (tmp_path / "a.jsonl").write_text('{"prompt": "a b ", "chosen": "c d e", "rejected": "e f"}\n' * 8)
+    lines = [f'{{"prompt": "a {letter} ", "chosen": "c d e", "rejected": "e f"}}\n' for letter in "bcdefgh"]
+    (tmp_path / "a.jsonl").write_text("".join(lines))
     for method in ("dpo", "reward"):
         command = ["train", method, "--model", "base", "--data", "a.jsonl", "--out", f"runs/{method}", "--quiet"]
         done = subprocess.run(
-            [sys.executable, "-c", CODE, *command], cwd=tmp_path, capture_output=True, text=True, check=True
+            [sys.executable, "-c", CODE, *command], check=False, cwd=tmp_path, capture_output=True, text=True
         )
-        assert done.stdout.strip().endswith("imported: []"), done.stdout
+        assert done.stdout.strip().endswith("imported: []"), done.stdout + done.stderr

@@ -210,7 +210,7 @@ def encode_sides(config: RunConfig, sides: Sides, chat: Chat, say: Say, aside: S
                 records,
                 kind,
                 chat,
-                cache_folder(data.cache, "tokens"),
+                cache_folder(str(data.cache), "tokens"),
                 max_length=data.max_length or 0,
                 max_prompt_length=data.max_prompt_length,
                 truncate=data.truncate,
@@ -231,7 +231,7 @@ def pretraining_items(config: RunConfig, chat: Chat, say: Say, aside: Say = _uns
     if data.pretraining is None:
         return []
     records = read_records(data.pretraining, "demonstrations", split=data.split)
-    folder, length = cache_folder(data.cache, "tokens"), data.max_length or 0
+    folder, length = cache_folder(str(data.cache), "tokens"), data.max_length or 0
     items, report, from_cache = encode_or_recall(records, "demonstrations", chat, folder, max_length=length)
     say(f"{'pretraining':<11}{report}")
     if from_cache:

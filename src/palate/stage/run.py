@@ -146,10 +146,8 @@ def reference_asked_once(stage: Stage, say: Say) -> Stage:
     The reference is let go then: ``models.reference`` is None unless the method asks for more.
     """
     config, models = stage.config, stage.models
-    asks, cache = (
-        getattr(config.method.settings, "asks_reference", None),
-        cache_folder(config.reference_cache, "reference"),
-    )
+    asks = getattr(config.method.settings, "asks_reference", None)
+    cache = cache_folder(config.reference_cache, "reference")
     if asks is None or cache is None or models.reference is None:
         return stage
     sides = items_with_reference(models.reference, stage.items, config.out, cache, torch.device(config.device), say)

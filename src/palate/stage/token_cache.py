@@ -167,5 +167,5 @@ def _checksum(arrays: dict[str, np.ndarray[Any, Any]]) -> str:
     found = hashlib.blake2b(digest_size=16)
     for name in sorted(arrays):
         found.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
-        found.update(memoryview(np.ascontiguousarray(arrays[name])).cast("B"))
+        found.update(arrays[name].tobytes())
     return found.hexdigest()
