@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from palate.errors import ConfigError, DataError
 from palate.functional.advantages import group_stds
@@ -38,7 +38,7 @@ def measure(models: Models, tokens: Tokens, temperature: float, scored: Scored |
         scored: what the reward said, where it was asked before.
     """
     assert models.policy is not None and models.reward is not None
-    logprobs = token_logprobs(models.policy, tokens, temperature=temperature)
+    logprobs = sampled_logprobs(models.policy, tokens, temperature)
     reference = None
     if models.reference is not None:
         reference = token_logprobs(models.reference, tokens, temperature=temperature)
@@ -46,6 +46,12 @@ def measure(models: Models, tokens: Tokens, temperature: float, scored: Scored |
     metrics = {f"score/{name}": Mean.of(part) for name, part in scored.parts.items()}
     metrics |= rollout_metrics(tokens, logprobs, reference, scored.scores)
     return Measured(logprobs, reference, scored.scores, metrics)
+
+
+def sampled_logprobs(policy: nn.Module, tokens: Tokens, temperature: float) -> Tensor:
+    """log pi of what pi itself has just drawn, [N, T]: computed, or those of the draw where ``old_logprobs`` trusts them."""
+    kept = tokens.extras.get("policy_logprobs")
+    return kept if isinstance(kept, Tensor) else token_logprobs(policy, tokens, temperature=temperature)
 
 
 def rollout_metrics(
@@ -71,7 +77,7 @@ def rollout_metrics(
     if "turns" in tokens.extras:
         metrics["length/turns"] = Mean.of(torch.as_tensor(tokens.extras["turns"]).float())
     sampler = tokens.extras.get("sampler_logprobs")
-    if logprobs is not None and isinstance(sampler, Tensor):
+    if logprobs is not None and isinstance(sampler, Tensor) and "policy_logprobs" not in tokens.extras:
         metrics["kl/sampler"] = Mean.of(k3(sampler[mask], logprobs[mask]))
     return metrics
 

@@ -33,7 +33,7 @@ from palate.functional.advantages import gae
 from palate.functional.divergences import k2
 from palate.functional.masked import Moments, whiten
 from palate.functional.policy_gradient import clipped_surrogate, is_clipped, probability_ratio, token_rewards
-from palate.methods._sampled import check_settings, rollout_metrics, with_missing_end
+from palate.methods._sampled import check_settings, rollout_metrics, sampled_logprobs, with_missing_end
 from palate.models.forward import score_responses, token_logprobs, token_logprobs_and_entropy, token_values
 from palate.types import Mean, Models, Tokens, Trajectories
 
@@ -151,7 +151,7 @@ class PPO:
         assert models.policy is not None and models.reference is not None
         assert models.reward is not None and models.value is not None
         mask = batch.response_mask
-        logprobs = token_logprobs(models.policy, batch, temperature=self.temperature)
+        logprobs = sampled_logprobs(models.policy, batch, self.temperature)
         reference = token_logprobs(models.reference, batch, temperature=self.temperature)
         values = token_values(models.value, batch)
         scored = score_responses(models.reward, batch)

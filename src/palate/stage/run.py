@@ -297,6 +297,7 @@ def loop_run(stage: Stage) -> Run:
             reference=stage.models.reference,
             mixture=getattr(method, "mixture", 0.0),
             engine=stage.engine,
+            keeps_logprobs=config.training.old_logprobs == "sampler",
         )
     return Run(
         folder=config.out,

@@ -47,6 +47,9 @@ class TrainingSettings:
         rollouts_ahead: 0 = a batch is drawn, then trained on. 1 = while a batch is trained on, the next one is drawn in the
             background by the policy as it was before that batch's updates; importance weights correct for it
             (docs/asynchronous.md). Pays where there is a spare core; costs a copy of the trained weights.
+        old_logprobs: log-probs of what was sampled, before the update. "trainer" = computed by the trainer, whatever sampled.
+            "sampler" = those of the draw, which saves a forward pass of the policy; in float32, with the embedded sampler.
+            The first look at every batch then checks them.
         importance: "sequence", a weight for each response, exact until it is cut; "token", one for each token, for long
             responses whose weights vary too much. Only with ``rollouts_ahead``.
         importance_max: a larger weight is cut to this; >= 1, usually 2. Only with ``rollouts_ahead``.
@@ -77,6 +80,7 @@ class TrainingSettings:
     best_is: str = "lowest"
     samples_every: int = 10
     rollouts_ahead: int = 0
+    old_logprobs: str = "trainer"
     importance: str = "sequence"
     importance_max: float = 2.0
     seed: int = 0
@@ -91,6 +95,9 @@ class TrainingSettings:
         _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, ", ".join(OPTIMIZERS))
         _require(self.best_is in ("lowest", "highest"), "best_is", self.best_is, "lowest or highest")
         _require(self.rollouts_ahead in (0, 1), "rollouts_ahead", self.rollouts_ahead, "0 or 1")
+        _require(
+            self.old_logprobs in ("trainer", "sampler"), "old_logprobs", self.old_logprobs, "trainer or sampler"
+        )
         _require(self.importance in ("sequence", "token"), "importance", self.importance, "sequence or token")
         _require(self.importance_max >= 1, "importance_max", self.importance_max, "a number of at least 1")
         _require(
