@@ -17,6 +17,7 @@ from palate.data.chat import Chat
 from palate.data.collate import encode_records
 from palate.data.records import Prompt
 from palate.errors import ConfigError, ModelError
+from palate.generation.sampler import sample
 from palate.generation.settings import SamplingSettings
 from palate.lookup import method_names
 from palate.methods.dapo import DAPO
@@ -31,7 +32,6 @@ from palate.models.adapters import add_lora
 from palate.models.forward import token_logprobs
 from palate.models.roles import frozen_copy
 from palate.stage.roles import bill
-from palate.training import rollouts
 from palate.training.ahead import Ahead, sampling_copy
 from palate.training.loop import Run, train
 from palate.training.rollouts import Rollout
@@ -171,17 +171,16 @@ def test_a_closed_run_leaves_no_thread(tmp_path):
     assert not threads()
 
 
-def test_an_error_in_the_background_is_the_runs_error(tmp_path, monkeypatch):
-    sample = rollouts.sample
-
+def test_an_error_in_the_background_is_the_runs_error(tmp_path):
     def broken(*args, **keywords):
         if threading.current_thread() is not threading.main_thread():
             raise ModelError("the model's logits are NaN")
         return sample(*args, **keywords)
 
-    monkeypatch.setattr(rollouts, "sample", broken)
+    run = new_run(GRPO(), tmp_path)
+    run.rollout = replace(run.rollout, engine=broken)
     with pytest.raises(ModelError, match="logits are NaN"):
-        list(train(new_run(GRPO(), tmp_path)))
+        list(train(run))
     assert not threads() and len(entries(tmp_path)) == 1
 
 

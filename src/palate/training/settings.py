@@ -95,9 +95,7 @@ class TrainingSettings:
         _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, ", ".join(OPTIMIZERS))
         _require(self.best_is in ("lowest", "highest"), "best_is", self.best_is, "lowest or highest")
         _require(self.rollouts_ahead in (0, 1), "rollouts_ahead", self.rollouts_ahead, "0 or 1")
-        _require(
-            self.old_logprobs in ("trainer", "sampler"), "old_logprobs", self.old_logprobs, "trainer or sampler"
-        )
+        _require(self.old_logprobs in ("trainer", "sampler"), "old_logprobs", self.old_logprobs, "trainer or sampler")
         _require(self.importance in ("sequence", "token"), "importance", self.importance, "sequence or token")
         _require(self.importance_max >= 1, "importance_max", self.importance_max, "a number of at least 1")
         _require(
