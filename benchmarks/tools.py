@@ -58,13 +58,20 @@ def tools() -> dict[str, Tool]:
     """Every tool by its name on the command line, palate first. A tool has scripts for the jobs that it can do."""
     here, envs, jobs = Path(sys.executable), bench_folder() / "envs", HERE / "jobs"
     trl, trl_ppo, vllm = (envs / name / "bin" / "python" for name in ("trl", "trl-ppo", "vllm"))
+    ours = {"PYTHONPATH": str(HERE.parent / "src")}
     palate = {job: (here, jobs / f"palate_{job}.py") for job in TRAINING}
     palate |= dict.fromkeys(GENERATION, (here, jobs / "palate_generation.py"))
     peer = {job: (trl_ppo if job == "ppo" else trl, jobs / f"trl_{job}.py") for job in TRAINING}
     generate = dict.fromkeys(GENERATION, (trl, jobs / "transformers_generation.py"))
     vllm_scripts = dict.fromkeys(GENERATION, (vllm, jobs / "vllm_generation.py"))
     return {
-        "palate": Tool("palate", palate, {"PYTHONPATH": str(HERE.parent / "src")}, cost=0.25),
+        "palate": Tool("palate", palate, ours, cost=0.25),
+        "palate-draw": Tool(
+            "palate, log-probs of the draw",
+            {job: palate[job] for job in ("grpo", "rloo", "online_dpo", "ppo")},
+            ours | {"BENCHMARK_OLD_LOGPROBS": "sampler"},
+            cost=0.25,
+        ),
         "trl": Tool("TRL", peer),
         "trl-tuned": Tool("TRL, malloc tuned", peer, TUNED_MALLOC, cost=0.75, cpu_only=True),
         "generate": Tool("transformers generate", generate, arguments=("--mode", "dynamic")),

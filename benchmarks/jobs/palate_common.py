@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,13 @@ def measure(
         # On a GPU as a peer's bf16=True: weights in fp32, matrix products in bf16.
         "dtype": "float32" if args.dtype == "float32" else "mixed",
         "data": {"validation_fraction": 0.0, "max_length": args.max_length, **data},
-        "training": {"max_steps": args.steps, "eval_every": 0, "save_every": 0, **training},
+        "training": {
+            "max_steps": args.steps,
+            "eval_every": 0,
+            "save_every": 0,
+            "old_logprobs": os.environ.get("BENCHMARK_OLD_LOGPROBS", "trainer"),
+            **training,
+        },
         **more,
     }
     stage = load_stage(load_settings(name, settings=settings), say=print)
