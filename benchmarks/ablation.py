@@ -19,8 +19,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import catalogue
 import report
-from run import last_line, machine, measured, said, settings, write
+from process import last_line, machine, measured, said
+from run import TIME_LIMIT, settings, write
 from tools import HERE, TUNED_MALLOC, Tool
 from workload import bench_folder
 
@@ -147,8 +149,7 @@ def main() -> int:
     folder = args.out or bench_folder() / "ablation"
     folder.mkdir(parents=True, exist_ok=True)
     workload = Path(last_line([sys.executable, HERE / "workload.py", "--vocabulary", args.vocabulary]))
-    steps = dict.fromkeys(args.jobs, args.steps)
-    results: dict[str, Any] = {"machine": machine(), "settings": settings(args, steps, workload), "runs": []}
+    results: dict[str, Any] = {"machine": machine(args.device), "settings": settings(args, workload, {}), "runs": []}
     script = (Path(sys.executable), Path(__file__).resolve())
     source = {"PYTHONPATH": str(HERE.parent / "src")}
     for repeat in range(args.repeats):
@@ -157,10 +158,20 @@ def main() -> int:
             for name in names if repeat % 2 == 0 else names[::-1]:
                 more = {CELL: f"{job}:{name}", **ENVIRONMENT.get(name, {})}
                 tool = Tool(name, {job: script}, source | more)
-                run = measured(tool, job, threads=args.threads, steps=args.steps, workload=workload, folder=folder)
-                results["runs"].append({"repeat": repeat, **run})
+                run = {"job": job, "tool": name, "threads": args.threads, "repeat": repeat} | measured(
+                    tool,
+                    job,
+                    threads=args.threads,
+                    workload=workload,
+                    log=folder / "last.log",
+                    arguments=["--steps", args.steps],
+                    limit_s=TIME_LIMIT,
+                    device=args.device,
+                    dtype=args.dtype,
+                )
+                results["runs"].append(run)
                 write(folder / "results.json", results)
-                print(said(run), file=sys.stderr, flush=True)
+                print(f"{job}, {name}: {said(run)}", file=sys.stderr, flush=True)
     found = "\n".join(table(job, results) for job in args.jobs)
     (folder / "table.md").write_text(found)
     print(found)
@@ -176,7 +187,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps a run; the first two are left out")
     parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--out", type=Path, help="folder for the results")
-    parser.set_defaults(quick=False)
+    parser.set_defaults(quick=False, size=10, device="cpu", dtype="float32")
     return parser.parse_args()
 
 
@@ -191,7 +202,7 @@ def table(job: str, results: dict[str, Any]) -> str:
             rows[name] = {key: statistics.median(one[key] for one in good) for key in good[0]}
     whole = rows[AS_IT_IS]
     lines = [
-        f"**{report.TITLES[job]}**",
+        f"**{catalogue.JOBS[job].title}**",
         "",
         f"| without | tokens/s | x {AS_IT_IS} | memory above import, MB | x {AS_IT_IS} | share of fp32 peak |",
         "|---|---|---|---|---|---|",
