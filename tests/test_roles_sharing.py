@@ -467,6 +467,33 @@ def test_a_pass_is_never_served_where_it_would_be_stale(two_heads, moment, gradi
         found.sum().backward()
 
 
+@pytest.mark.parametrize("change", ["weights put in place", "scale of the adapter", "rows in place", "unfrozen"])
+def test_a_pass_is_not_served_after_a_change_that_leaves_versions_of_weights(two_heads, change):
+    policy, value, passes = two_heads
+    batch = rows(8, 5)
+    learning = [p for p in policy.parameters() if p.requires_grad]
+    if change == "unfrozen":
+        policy.requires_grad_(False)
+    token_logprobs(policy, batch)
+    if change == "weights put in place":
+        moved = torch.nn.utils.parameters_to_vector(learning).detach() + 0.1
+        torch.nn.utils.vector_to_parameters(moved, learning)
+    if change == "scale of the adapter":
+        for layer in policy.modules():
+            if isinstance(getattr(layer, "scaling", None), dict):
+                layer.scaling = {name: 2 * scale for name, scale in layer.scaling.items()}
+    if change == "rows in place":
+        batch.ids[:, 3] = (batch.ids[:, 3] + 1) % 16
+    if change == "unfrozen":
+        for p in learning:
+            p.requires_grad_(True)
+    found = token_values(value, batch)
+    assert len(passes) == 2
+    assert torch.equal(found, token_values(copy.deepcopy(value), batch))
+    found.sum().backward()
+    assert change != "unfrozen" or all(p.grad is not None for p in learning if p.ndim == 2)
+
+
 def test_the_reference_neither_takes_a_pass_nor_leaves_one(two_heads):
     policy, value, passes = two_heads
     batch, reference = rows(8, 5), AdapterOff(policy)

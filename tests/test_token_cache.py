@@ -114,6 +114,22 @@ def test_an_entry_is_of_these_records_this_tokenizer_this_template_and_these_len
     assert len({key, *others}) == 1 + len(others)
 
 
+def test_a_tokenizer_that_reads_quoted_special_tokens_as_text_has_entries_of_its_own(tmp_path):
+    """``split_special_tokens`` is no part of what a fast tokenizer's backend writes down, and changes the ids."""
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "a b", "response": "c </s> d"}) + "\n")
+    records = read_records(tmp_path / "a.jsonl", "demonstrations")
+    found = []
+    for splits in (False, True):
+        tokenizer = tokenizer_of()
+        tokenizer.split_special_tokens = splits
+        chat = Chat(tokenizer, template="none")
+        plain, _ = encode_records(records, "demonstrations", chat, **LENGTHS)
+        items, _, _ = encode_or_recall(records, "demonstrations", chat, tmp_path / "cache", **LENGTHS)
+        same(plain, items)
+        found.append(entry_key(records, "demonstrations", chat, LENGTHS))
+    assert found[0] != found[1]
+
+
 def test_what_is_no_function_of_the_records_is_not_kept(tiny_tokenizer, tmp_path):
     """A template with today's date writes something else tomorrow."""
     records = read_records(written(tmp_path / "a.jsonl", "demonstrations"), "demonstrations")

@@ -128,3 +128,21 @@ def test_a_model_that_is_not_what_its_name_says_takes_the_padded_way(monkeypatch
 @pytest.mark.parametrize("architecture,more", [("gpt2", {}), ("mistral", {"sliding_window": 4}), ("gemma2", {})])
 def test_other_models_take_the_padded_way(architecture, more):
     assert not forward._has_flat_trunk(tiny(architecture, **more))
+
+
+def test_a_float64_model_is_masked_in_float64():
+    """A float32 mask beside float64 queries was read as something else, where rows are long enough."""
+    model = tiny("llama", **KNOWN["llama"]).double()
+    tokens = batch(copies=9, width=40)
+    with torch.no_grad():
+        flat = token_logprobs(model, tokens)
+        assert forward._flat_trunk[model]
+        alone = [
+            token_logprobs(model, tokens.select(torch.tensor([number])))[0, : tokens.ids.shape[1]]
+            for number in range(len(tokens))
+        ]
+        own = model(input_ids=tokens.ids, use_cache=False).logits.log_softmax(-1)  # a causal model: padding is after
+    own = own[:, :-1].gather(-1, tokens.ids[:, 1:, None])[..., 0]
+    own = torch.where(tokens.response_mask[:, 1:], own, 0)
+    assert torch.allclose(flat[:, 1:], own, atol=1e-5)
+    assert torch.allclose(torch.stack(alone)[:, 1:], own, atol=1e-5)

@@ -250,7 +250,7 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, places: Places, size: int) -> lis
             _taken(v_heads, *call.keys),
             0.0,
             call.mask is None,
-            attn_mask=call.mask,
+            attn_mask=_mask(call, q),
         )
         _taken(out_heads, call.queries).copy_(part)
         normalisers.append(normaliser)
@@ -276,7 +276,7 @@ def _attention_gradients(grad: Tensor, attended: Sequence[Tensor], places: Place
             normaliser,
             0.0,
             call.mask is None,
-            attn_mask=call.mask,
+            attn_mask=_mask(call, q),
         )
         _taken(q_grad_heads, call.queries).copy_(q_part)
         begin = 0
@@ -291,6 +291,11 @@ def _attention_gradients(grad: Tensor, attended: Sequence[Tensor], places: Place
     q_grad, k_grad = _turned(q_grad, q_cos, -q_sin), _turned(k_grad, k_cos, -k_sin)
     q_grad, k_grad, v_grad = (x.reshape(len(x), -1).to(grad.dtype) for x in (q_grad, k_grad, v_grad))
     return q_grad, k_grad, v_grad
+
+
+def _mask(call: Call, q: Tensor) -> Tensor | None:
+    """In the type of the queries: of another, the kernel takes it and gives wrong numbers."""
+    return None if call.mask is None else call.mask.to(q.dtype)
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def read_once(model: Any, tokens: Tokens, run: Callable[[], Iterable[Any]]) -> I
     trunk: Any = getattr(model, "base_model", None)
     if trunk not in _shared or not _worth_keeping(model, tokens):
         return run()
-    moment = _moment(model, trunk)
+    moment = _moment(model, trunk, tokens)
     kept = _kept.pop(trunk, None)
     if kept is not None and kept.reader != id(model) and kept.tokens() is tokens and kept.moment == moment:
         return kept.reads
@@ -70,15 +70,16 @@ def _worth_keeping(model: Any, tokens: Tokens) -> bool:
     return int(tokens.response_mask.sum()) * hidden_size(model) * 4 <= KEPT_BYTES
 
 
-def _moment(model: Any, trunk: Any) -> tuple[Any, ...]:
-    """What a pass depends on besides the rows."""
+def _moment(model: Any, trunk: Any, tokens: Tokens) -> tuple[Any, ...]:
+    """What a pass depends on besides who the rows are. What is written through ``p.data`` into its own memory is not seen."""
     switches = [
-        (layer.disable_adapters, tuple(layer.active_adapters))
+        (layer.disable_adapters, tuple(layer.active_adapters), str(getattr(layer, "scaling", "")))
         for layer in trunk.modules()
         if isinstance(getattr(layer, "disable_adapters", None), bool)  # a method of transformers' own models
     ]
-    versions = [p._version for p in trunk.parameters()]
-    return torch.is_grad_enabled(), trunk.training, getattr(model, "compute_dtype", None), switches, versions
+    weights = [(p._version, p.data_ptr(), p.requires_grad) for p in trunk.parameters()]
+    rows = [each._version for each in (tokens.ids, tokens.attention_mask, tokens.response_mask)]
+    return torch.is_grad_enabled(), trunk.training, getattr(model, "compute_dtype", None), switches, weights, rows
 
 
 def _forgetting(trunk: nn.Module) -> Callable[[Any], None]:

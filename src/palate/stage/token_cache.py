@@ -96,6 +96,7 @@ def entry_key(records: Sequence[Any], kind: str, chat: Chat, lengths: dict[str, 
         "lengths": lengths,
         "class": type(tokenizer).__qualname__,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "splits": bool(getattr(tokenizer, "split_special_tokens", False)),  # the backend does not write it down
         "settings": [chat.system, chat.stop_token_ids, chat.template is None, *templates],
         "plain": chat._forced_plain,
     }
