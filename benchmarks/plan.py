@@ -26,9 +26,14 @@ class Cell(NamedTuple):
         """The same whatever the repeat."""
         return self._replace(repeat=0)
 
-    def __str__(self) -> str:
+    @property
+    def name(self) -> str:
+        """Of all its repeats."""
         what = f"{self.axis} {self.value:,}, {self.job}" if self.axis else self.job
-        return f"{what}, {self.tool}, {self.threads} thread{'s' * (self.threads > 1)}, repeat {self.repeat + 1}"
+        return f"{what}, {self.tool}, {self.threads} thread{'s' * (self.threads > 1)}"
+
+    def __str__(self) -> str:
+        return f"{self.name}, repeat {self.repeat + 1}"
 
 
 def cells(

@@ -23,6 +23,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +136,20 @@ def steps_of(cell: Cell, args: argparse.Namespace) -> int:
 
 
 def show_plan(wanted: list[Cell], to_do: list[Cell], guessed: dict[Cell, float], skipped: list[dict[str, str]]) -> None:
+    """One line for each tool that is left out, and one for all repeats of a cell."""
+    left_out: dict[tuple[str, str], list[str]] = {}
     for one in skipped:
-        print(f"left out: {JOBS[one['job']].title}, {one['tool']}: {one['reason']}")
-    left = set(to_do)
-    for cell in wanted:
-        print(f"{cell}: {'about ' + clock(guessed[cell]) if cell in left else 'done'}")
+        left_out.setdefault((one["tool"], one["reason"]), []).append(JOBS[one["job"]].title)
+    for (tool, reason), titles in left_out.items():
+        print(f"left out: {tool} ({'; '.join(titles)}): {reason}")
+    all_runs, runs_to_do = (Counter(cell.point for cell in some) for some in (wanted, to_do))
+    seconds = {cell.point: guessed[cell] for cell in to_do}
+    for point, runs in all_runs.items():
+        if left := runs_to_do[point]:
+            of = f" of {runs}" if left < runs else ""
+            print(f"{point.name}: {left}{of} run{'s' * (runs > 1)} to do, about {clock(seconds[point])} each")
+        else:
+            print(f"{point.name}: done")
     total = seconds_left(guessed, to_do, {})
     print(f"{len(to_do)} of {len(wanted)} cells to do, about {clock(total)} (guessed for a machine of two slow cores)")
 

@@ -280,8 +280,8 @@ def test_the_command_that_measures_imports_no_heavy_library(tmp_path: Path) -> N
 def test_a_plan_starts_nothing_and_says_what_is_left_out(tmp_path: Path) -> None:
     done = command("--plan", "--jobs", "sft", "--threads", "1", "--repeats", "2", folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "sft, palate, 1 thread, repeat 2: about" in done.stdout
-    assert "left out: SFT, TRL: no environment 'trl'" in done.stdout
+    assert done.stdout.count("sft, palate, 1 thread: 2 runs to do, about") == 1, "one line for all repeats"
+    assert "left out: TRL (SFT): no environment 'trl'" in done.stdout
     assert "2 of 2 cells to do" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -294,6 +294,8 @@ def test_a_resumed_plan_knows_what_is_done_and_refuses_other_settings(tmp_path: 
     (folder / "results.json").write_text(json.dumps({"settings": settings, "runs": runs}))
     words = ("--plan", "--resume", "--jobs", "sft", "--threads", "1", "--repeats", "2")
     done = command(*words, folder=tmp_path)
-    assert "sft, palate, 1 thread, repeat 1: done" in done.stdout and "1 of 2 cells to do" in done.stdout
+    assert "sft, palate, 1 thread: 1 of 2 runs to do" in done.stdout and "1 of 2 cells to do" in done.stdout
+    finished = command(*words[:-1], "1", folder=tmp_path)
+    assert "sft, palate, 1 thread: done" in finished.stdout and "0 of 1 cells to do" in finished.stdout
     refused = command(*words, "--steps", "3", folder=tmp_path)
     assert refused.returncode != 0 and "sft was measured with 8 steps, not 3. Give another --out." in refused.stderr

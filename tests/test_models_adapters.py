@@ -203,3 +203,9 @@ def test_lora_settings_are_checked(base):
             LoraSettings(**wrong)
     asked = load_policy(base, lora=LoraSettings(dropout=0.5))
     assert 0.5 in {m.p for m in asked.modules() if isinstance(m, torch.nn.Dropout)} and asked.training
+
+
+def test_the_adapter_of_a_policy_given_as_reward_is_refused_by_its_own_name(base, tmp_path):
+    sft_adapter(base, tmp_path / "sft")
+    with pytest.raises(ModelError, match=r"sft: this is a language model, not a reward.*--model \S*sft --data"):
+        load_scalar(tmp_path / "sft", new_head=False)

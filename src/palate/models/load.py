@@ -174,7 +174,9 @@ def load_scalar(
     adapter = adapters.adapter_config(place)
     base = _adapter_base(place, adapter) if adapter else place
     may_draw = new_head or (adapter is not None and adapters.adapter_has_head(place))
-    model = _scalar_from_folder(base, dtype, keep_dropout, seed, may_lack_head=adapter is not None, may_draw=may_draw)
+    model = _scalar_from_folder(
+        base, dtype, keep_dropout, seed, where=where, may_lack_head=adapter is not None, may_draw=may_draw
+    )
     check_tokenizer(model, tokenizer or load_tokenizer(where), where)
     if adapter:
         own_head = adapters.adapter_has_head(place)
@@ -309,9 +311,19 @@ def _align(model: nn.Module) -> None:
 
 
 def _scalar_from_folder(
-    place: str, dtype: str | torch.dtype, keep_dropout: bool, seed: int, *, may_lack_head: bool, may_draw: bool
+    place: str,
+    dtype: str | torch.dtype,
+    keep_dropout: bool,
+    seed: int,
+    *,
+    where: str | Path,
+    may_lack_head: bool,
+    may_draw: bool,
 ) -> Any:
-    """A plain scalar model with a float32 head, its own or (from a language model) a new one."""
+    """A plain scalar model with a float32 head, its own or (from a language model) a new one.
+
+    ``where`` is what was asked for, for errors: the folder itself, or that of an adapter whose base it is.
+    """
     config = _config(place)
     classifier = _is_classifier(config)
     if classifier and config.num_labels != 1:
@@ -336,8 +348,8 @@ def _scalar_from_folder(
         )
     elif not may_draw:
         raise ModelError(
-            f"{place}: this is a language model, not a reward: it has no score head, and a new one would score noise. Train a "
-            f"reward from it: palate train reward --model {place} --data COMPARISONS --out runs/reward; then give "
+            f"{where}: this is a language model, not a reward: it has no score head, and a new one would score noise. Train a "
+            f"reward from it: palate train reward --model {where} --data COMPARISONS --out runs/reward; then give "
             "runs/reward/model."
         )
     else:

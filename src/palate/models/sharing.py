@@ -37,7 +37,7 @@ def stand_on(model: nn.Module, trunk: nn.Module, where: object) -> None:
         raise ModelError(
             f"{where}: its base, {_base(model)}, is not that of the policy, {_base(trunk)}: {len(unlike)} of {len(wanted)} "
             f"weights are not the same, {_difference(unlike[0], places, wanted)}. Roles on one trunk need one base in one "
-            f"dtype: train this model with LoRA from {_base(trunk)}, or set sharing=reference for models of their own."
+            f"dtype: {_remedy(trunk)}, or set sharing=reference for models of their own."
         )
     for name, weight in wanted.items():
         module, attribute = places[name]
@@ -127,6 +127,15 @@ def _difference(name: str, places: dict[str, tuple[nn.Module, str]], wanted: dic
 
 
 def _base(model: nn.Module) -> str:
-    inner = base_of(model)
-    name = (base_folder(model) if is_adapted(model) else "") or inner.name_or_path
-    return name or f"a {type(inner).__name__} into which an earlier adapter was merged"
+    return _folder(model) or f"a {type(base_of(model)).__name__} into which an earlier adapter was merged"
+
+
+def _remedy(trunk: nn.Module) -> str:
+    if _folder(trunk):
+        return f"train this model with LoRA from {_folder(trunk)}"
+    return "leave --lora out, so that the policy's own adapter is trained on and its base stays what it was"
+
+
+def _folder(model: nn.Module) -> str:
+    """Where the model's base is from; nothing of a merged one, which is in no folder."""
+    return (base_folder(model) if is_adapted(model) else "") or str(base_of(model).name_or_path)

@@ -115,7 +115,7 @@ def _trunk(config: RunConfig, trained: nn.Module, say: Say) -> nn.Module | None:
         return None
     if sharing == "value_head":
         if "value" not in method.needs:
-            raise ConfigError(f"sharing=value_head: {name} has no value model. Take sharing=trunk.")
+            raise ConfigError(f"sharing=value_head: {name} has no value model. Take sharing=trunk, with --lora.")
         if getattr(method, "trust_region", None) is not None:
             raise ConfigError(
                 f"sharing=value_head: {name} moves the policy by its surrogate alone, and a value loss on the same trunk would "
