@@ -308,7 +308,11 @@ def test_a_sum_of_rewards_shares_what_it_can(world):
         ({"sharing": "trunk", "value": "whole"}, ModelError, "weights are not the same"),
         ({"sharing": "trunk", "reference": "foreign"}, ModelError, "not a language model|not that of the policy"),
         ({"sharing": "trunk", "model": "sft", "lora": None, "reward": "whole"}, ConfigError, "no adapter of its own"),
-        ({"sharing": "trunk", "model": "sft"}, ModelError, r"into which an earlier adapter was merged.*leave --lora out"),
+        (
+            {"sharing": "trunk", "model": "sft"},
+            ModelError,
+            r"into which an earlier adapter was merged.*leave --lora out",
+        ),
         (
             {"sharing": "trunk", "reward": {"model": "reward", "dtype": "bfloat16"}},
             ModelError,
@@ -316,7 +320,11 @@ def test_a_sum_of_rewards_shares_what_it_can(world):
         ),
         ({"sharing": "value_head", "value": "reward"}, ConfigError, "Leave value out"),
         ({"sharing": "value_head", "name": "trpo"}, ConfigError, "trpo moves the policy by its surrogate alone"),
-        ({"sharing": "value_head", "name": "grpo"}, ConfigError, "grpo has no value model. Take sharing=trunk, with --lora"),
+        (
+            {"sharing": "value_head", "name": "grpo"},
+            ConfigError,
+            "grpo has no value model. Take sharing=trunk, with --lora",
+        ),
         ({"sharing": "everything"}, ConfigError, "sharing"),
     ],
 )
