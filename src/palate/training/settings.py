@@ -49,7 +49,8 @@ class TrainingSettings:
             (docs/asynchronous.md). Pays where there is a spare core; costs a copy of the trained weights.
         old_logprobs: log-probs of what was sampled, before the update. "trainer" = computed by the trainer, whatever sampled.
             "sampler" = those of the draw, which saves a forward pass of the policy; in float32, with the embedded sampler.
-            The first look at every batch then checks them.
+            The first look at every batch then checks them, where the loss has a ratio; ``online_dpo`` has none and reads
+            them in its metrics alone, ``best_of_n`` does not read them.
         importance: "sequence", a weight for each response, exact until it is cut; "token", one for each token, for long
             responses whose weights vary too much. Only with ``rollouts_ahead``.
         importance_max: a larger weight is cut to this; >= 1, usually 2. Only with ``rollouts_ahead``.
