@@ -915,6 +915,17 @@ def test_a_picture_is_shown_and_enlarged_and_instructions_folded(page, site_of) 
     assert not page.locator("#aside strong").is_visible()
 
 
+def test_folding_the_instructions_is_remembered_at_the_key_stroke(page, site_of) -> None:
+    site = site_of(task_with(COMPARE), TWO)
+    site.log_in(page)
+    ready(page)
+    kept = page.evaluate(
+        "() => ['v', 'v'].map((key) => { document.body.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true })); "
+        "return localStorage.getItem('palate:instructions'); })"
+    )
+    assert kept == ["false", "true"]
+
+
 def test_the_theme_that_is_chosen_stays(page, site_of) -> None:
     site = site_of(task_with(COMPARE), TWO)
     site.log_in(page)

@@ -75,6 +75,7 @@ function instructions() {
 function toggleInstructions() {
   const element = document.getElementById("instructions");
   element.open = !element.open;
+  save("instructions", element.open); // now: the browser tells of it later, and a page that is left never hears it
 }
 
 function showProgress({ done, wanted }) {
