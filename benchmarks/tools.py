@@ -66,10 +66,10 @@ def tools() -> dict[str, Tool]:
     vllm_scripts = dict.fromkeys(GENERATION, (vllm, jobs / "vllm_generation.py"))
     return {
         "palate": Tool("palate", palate, ours, cost=0.25),
-        "palate-draw": Tool(
-            "palate, log-probs of the draw",
-            {job: palate[job] for job in ("grpo", "rloo", "online_dpo", "ppo")},
-            ours | {"BENCHMARK_OLD_LOGPROBS": "sampler"},
+        "palate-trainer": Tool(
+            "palate, old log-probs by the trainer",
+            {job: palate[job] for job in ("grpo", "rloo", "ppo")},
+            ours | {"BENCHMARK_OLD_LOGPROBS": "trainer"},
             cost=0.25,
         ),
         "trl": Tool("TRL", peer),

@@ -1,4 +1,4 @@
-"""``training.old_logprobs=sampler``: log-probs of the draw stand for a forward pass of the policy, and are checked."""
+"""``training.old_logprobs``: log-probs of the draw may stand for a forward pass of the policy, and are then checked."""
 
 from dataclasses import replace
 
@@ -15,8 +15,10 @@ from palate.methods.online_dpo import OnlineDPO
 from palate.methods.ppo import PPO
 from palate.methods.rloo import RLOO
 from palate.resolve import require_all
+from palate.stage.rollout import keeps_logprobs
 from palate.training.loop import train
 from test_ahead import entries, new_run
+from tiny import tiny
 
 METHODS = {
     "ppo": PPO(epochs=2, minibatches=2),
@@ -104,5 +106,27 @@ def test_where_they_cannot_be_trusted_they_are_refused(method, more, found):
     training = {"old_logprobs": "sampler"} | more.get("training", {})
     with pytest.raises(ConfigError, match=f"old_logprobs=sampler.*{found}"):
         require_all(load_settings(method, settings=given | more | {"training": training}))
-    with pytest.raises(ConfigError, match="expected trainer or sampler"):
+    with pytest.raises(ConfigError, match="expected auto, trainer or sampler"):
         load_settings(method, settings=given | {"training": {"old_logprobs": "both"}})
+
+
+@pytest.mark.parametrize(
+    ("method", "architecture", "more", "wanted"),
+    [
+        ("grpo", "llama", {}, True),
+        ("rloo", "qwen2", {}, True),
+        ("grpo", "gpt2", {}, False),
+        ("grpo", "qwen3", {}, False),
+        ("grpo", "llama", {"dtype": "mixed"}, False),
+        ("grpo", "llama", {"device": "cuda"}, False),
+        ("grpo", "llama", {"training": {"rollouts_ahead": 1}}, False),
+        ("grpo", "llama", {"training": {"old_logprobs": "trainer"}}, False),
+        ("online_dpo", "llama", {}, False),
+        ("xpo", "llama", {}, False),
+    ],
+    ids=str,
+)
+def test_by_itself_only_where_both_ways_are_the_same_arithmetic_and_are_checked(method, architecture, more, wanted):
+    given = {"model": "m", "out": "o", "data": "d.jsonl", "reward": "r:r", "device": "cpu", "dtype": "float32"}
+    config = load_settings(method, settings=given | {"sampling": {"max_new_tokens": 10}} | more)
+    assert keeps_logprobs(config, tiny(architecture)) is wanted

@@ -45,7 +45,7 @@ def measure(
             "max_steps": args.steps,
             "eval_every": 0,
             "save_every": 0,
-            "old_logprobs": os.environ.get("BENCHMARK_OLD_LOGPROBS", "trainer"),
+            "old_logprobs": os.environ.get("BENCHMARK_OLD_LOGPROBS", "auto"),
             **training,
         },
         **more,

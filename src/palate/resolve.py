@@ -101,8 +101,8 @@ def require_all(config: RunConfig) -> None:
     check_ahead(config.training, method, environment=config.environment is not None)
     if config.engine == "vllm":
         _require_engine(config)
-    if config.training.old_logprobs == "sampler":
-        _require_exact_sampler(config)
+    if config.training.old_logprobs == "sampler" and (reason := _inexact(config)):
+        raise ConfigError(f"training.old_logprobs=sampler: {reason}")
     if isinstance(config.model, dict) and config.tokenizer is None:
         raise ConfigError("a model from scratch has no tokenizer of its own. Give --tokenizer FOLDER.")
 
@@ -126,21 +126,28 @@ def _require_engine(config: RunConfig) -> None:
     check_engine(config.engine)
 
 
-def _require_exact_sampler(config: RunConfig) -> None:
-    """What the sampler says of its tokens is what the trainer would say, up to float32's rounding."""
-    key, advice = "training.old_logprobs=sampler", "Set training.old_logprobs=trainer."
+def may_keep_logprobs(config: RunConfig) -> bool:
+    """With ``training.old_logprobs=auto``: do the settings allow it, and will the first look check it?"""
+    has_ratio = getattr(config.method.settings, "off_policy", "") == "weights"
+    return has_ratio and config.device == "cpu" and _inexact(config) is None
+
+
+def _inexact(config: RunConfig) -> str | None:
+    """Why what the sampler says of its tokens is not what the trainer would say, up to float32's rounding; None = it is."""
     if config.method.settings.reads != "prompts":
-        raise ConfigError(f"{key}: {config.method.name} samples nothing. Leave it out.")
+        return f"{config.method.name} samples nothing. Leave it out."
+    advice = "Set training.old_logprobs=trainer."
     if config.dtype != "float32" or config.engine != "embedded":
-        raise ConfigError(
-            f"{key}: found dtype={config.dtype}, engine={config.engine}; the sampler agrees with the trainer to the last "
-            f"digits in float32 with the embedded one only. {advice}"
+        return (
+            f"found dtype={config.dtype}, engine={config.engine}; the sampler agrees with the trainer to the last digits in "
+            f"float32 with the embedded one only. {advice}"
         )
     if config.training.rollouts_ahead or config.environment is not None:
         what = "training.rollouts_ahead" if config.training.rollouts_ahead else "environment"
-        raise ConfigError(f"{key}: with {what} the log-probs of the draw are not those of the policy's rows. {advice}")
+        return f"with {what} the log-probs of the draw are not those of the policy's rows. {advice}"
     if getattr(config.method.settings, "drawn_by", ("policy",)) != ("policy",):
-        raise ConfigError(f"{key}: {config.method.name} draws from others than the policy, too. {advice}")
+        return f"{config.method.name} draws from others than the policy, too. {advice}"
+    return None
 
 
 def _best_device() -> str:

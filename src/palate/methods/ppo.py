@@ -12,8 +12,8 @@ arXiv:1909.08593; Ouyang et al. 2022 (InstructGPT), arXiv:2203.02155.
 
 The KL charge is in the reward, where its expected gradient is that of the sequence KL; the fixed point is
 pi_ref exp(r / kl_coef) / Z. Every E_t is a mean over all response tokens of the minibatch. The advantage is whitened
-over the batch after the returns are formed, so the value model learns in reward units. pi_old is computed by the
-trainer, not taken from the sampler; all log-probabilities are those of the sampling distribution (temperature).
+over the batch after the returns are formed, so the value model learns in reward units. pi_old is the trainer's, whatever
+sampled (``training.old_logprobs``); all log-probabilities are those of the sampling distribution (temperature).
 
 Adaptive coefficient:  e = clip(KL/target - 1, -0.2, 0.2),  kl_coef *= 1 + e * episodes/horizon  (Ziegler section
 2.2 has K_beta = 0.1 in place of episodes/horizon, which is its released code's).

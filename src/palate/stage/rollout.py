@@ -9,6 +9,8 @@ from torch import nn
 from palate.config import RunConfig
 from palate.data.chat import Chat
 from palate.environment import find_environment
+from palate.generation.flat_weights import weights_of
+from palate.resolve import may_keep_logprobs
 from palate.training.environments import Conversations
 from palate.training.rollouts import Rollout
 
@@ -34,3 +36,13 @@ def rollout_of(
         max_turns=config.environment.max_turns,
         max_length=config.data.max_length,
     )
+
+
+def keeps_logprobs(config: RunConfig, policy: nn.Module) -> bool:
+    """Do the log-probs of the draw stand for a forward pass of the trainer's? See ``training.old_logprobs``.
+
+    By itself only where both ways are our own arithmetic on the same tokens: the flat step and the flat trunk.
+    """
+    if config.training.old_logprobs == "auto":
+        return may_keep_logprobs(config) and weights_of(policy, rows=1, positions=1) is not None
+    return config.training.old_logprobs == "sampler"

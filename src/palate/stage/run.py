@@ -40,7 +40,7 @@ from palate.stage.records import Sides, encode_sides, pretraining_items, read_si
 from palate.stage.reference_cache import items_with_reference
 from palate.stage.reward_scale import adopted, with_reward_ready
 from palate.stage.roles import bill, load_roles, load_trained, trained_role, where_from
-from palate.stage.rollout import rollout_of
+from palate.stage.rollout import keeps_logprobs, rollout_of
 from palate.stage.trackers import check_trackers, open_trackers
 from palate.stage.user_cache import cache_folder
 from palate.training import log
@@ -297,7 +297,7 @@ def loop_run(stage: Stage) -> Run:
             reference=stage.models.reference,
             mixture=getattr(method, "mixture", 0.0),
             engine=stage.engine,
-            keeps_logprobs=config.training.old_logprobs == "sampler",
+            keeps_logprobs=keeps_logprobs(config, stage.models.policy),
         )
     return Run(
         folder=config.out,

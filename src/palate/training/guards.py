@@ -28,7 +28,8 @@ def check_first_look(metrics: dict[str, float], dtype: str) -> None:
         raise ModelError(
             f"First look at fresh samples: probability ratio {metrics['ratio']:.6f}, kl/old {metrics['kl/old']:.2e}; "
             f"expected 1 and 0 (within {tolerance:g}). The same weights give other log-probabilities in two passes: "
-            "look for dropout, a stateful layer, or a numerically unstable attention kernel."
+            "look for dropout, a stateful layer, or a numerically unstable attention kernel. Where the first pass was the "
+            "sampler's (training.old_logprobs), set training.old_logprobs=trainer: kl/sampler then says how far it is off."
         )
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from palate.types import Method
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "adamw_offload")
+OLD_LOGPROBS = ("auto", "trainer", "sampler")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class TrainingSettings:
         old_logprobs: log-probs of what was sampled, before the update. "trainer" = computed by the trainer, whatever sampled.
             "sampler" = those of the draw, which saves a forward pass of the policy; in float32, with the embedded sampler.
             The first look at every batch then checks them, where the loss has a ratio; ``online_dpo`` has none and reads
-            them in its metrics alone, ``best_of_n`` does not read them.
+            them in its metrics alone, ``best_of_n`` does not read them. "auto" = "sampler" where the loss has a ratio and
+            both are the same arithmetic (a Llama-shaped model in float32 on a CPU, embedded sampler), else "trainer".
         importance: "sequence", a weight for each response, exact until it is cut; "token", one for each token, for long
             responses whose weights vary too much. Only with ``rollouts_ahead``.
         importance_max: a larger weight is cut to this; >= 1, usually 2. Only with ``rollouts_ahead``.
@@ -81,7 +83,7 @@ class TrainingSettings:
     best_is: str = "lowest"
     samples_every: int = 10
     rollouts_ahead: int = 0
-    old_logprobs: str = "trainer"
+    old_logprobs: str = "auto"
     importance: str = "sequence"
     importance_max: float = 2.0
     seed: int = 0
@@ -96,7 +98,7 @@ class TrainingSettings:
         _require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, ", ".join(OPTIMIZERS))
         _require(self.best_is in ("lowest", "highest"), "best_is", self.best_is, "lowest or highest")
         _require(self.rollouts_ahead in (0, 1), "rollouts_ahead", self.rollouts_ahead, "0 or 1")
-        _require(self.old_logprobs in ("trainer", "sampler"), "old_logprobs", self.old_logprobs, "trainer or sampler")
+        _require(self.old_logprobs in OLD_LOGPROBS, "old_logprobs", self.old_logprobs, "auto, trainer or sampler")
         _require(self.importance in ("sequence", "token"), "importance", self.importance, "sequence or token")
         _require(self.importance_max >= 1, "importance_max", self.importance_max, "a number of at least 1")
         _require(
