@@ -36,7 +36,7 @@ class Size:
     held_out: int = 200  # questions for the evaluation
     samples: int = 4  # answers to each, before and after
     epochs: float = 40  # of the supervised part
-    batches: int = 150  # of reinforcement learning
+    batches: int = 300  # of reinforcement learning
     batch_size: int = 32  # questions a batch
     samples_per_prompt: int = 8
 
