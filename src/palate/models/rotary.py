@@ -10,7 +10,7 @@ _FIXED = ("default", "linear", "llama3", "yarn")
 
 def has_fixed_angles(trunk: Any) -> bool:
     """Is the angle of a position the same in every row?"""
-    return trunk.rotary_emb.rope_type in _FIXED
+    return str(trunk.rotary_emb.rope_type) in _FIXED
 
 
 def turning_length(model: Any) -> float:
@@ -22,5 +22,6 @@ def turning_length(model: Any) -> float:
     parameters = getattr(config, "rope_parameters", None) or {}
     # Some models have one kind a layer type.
     kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
-    limits = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    turning = [kind for kind in kinds if kind.get("rope_type") == "longrope"]
+    limits: list[float] = [kind["original_max_position_embeddings"] for kind in turning]
     return min(limits, default=math.inf)
