@@ -197,3 +197,13 @@ def test_a_broken_newest_checkpoint_never_costs_the_one_that_was_read(tmp_path):
     next(resumed)
     resumed.close()
     assert (tmp_path / "checkpoints" / "step-2").is_dir()
+
+
+def test_a_changed_number_in_the_newest_checkpoints_state_is_not_gone_on_from(tmp_path):
+    """The other files had checksums; what the state itself said was believed, as long as it was JSON."""
+    method, settings = SFT(), {"save_every": 1, "keep_last": 2}
+    list(train(run_of(method, models_for(method), tmp_path, **settings)))
+    newest = tmp_path / "checkpoints" / "step-3" / "state.json"
+    newest.write_text(newest.read_text().replace('"step": 3', '"step": 1'))
+    again = list(train(run_of(method, models_for(method), tmp_path, **settings)))
+    assert [metrics["step"] for metrics in again if metrics["split"] == "train"] == [3]

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from palate.models import blocks, forward, trunk
 from palate.models.forward import response_scores, token_logprobs, token_values
 from palate.types import Tokens
 from test_forward import scalar_of
-from tiny import tiny
+from tiny import rows, tiny
 
 KNOWN = {
     "llama": {"num_attention_heads": 4, "num_key_value_heads": 2},  # heads that share keys and values
@@ -141,3 +142,24 @@ def test_a_float64_model_is_masked_in_float64():
     own = own[:, :-1].gather(-1, tokens.ids[:, 1:, None])[..., 0]
     own = torch.where(tokens.response_mask[:, 1:], own, 0)
     assert torch.allclose(flat[:, 1:], own, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "phi3"])
+def test_angles_that_change_with_the_rows_length_are_not_those_of_longer_company(architecture):
+    """LongRoPE turns rows of more than 8 tokens otherwise; transformers asks the longest row of a call."""
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 8, "rope_theta": 100.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    sizes |= {"original_max_position_embeddings": 8, "initializer_range": 0.2, "pad_token_id": 0}
+    config = AutoConfig.for_model(architecture, **sizes, rope_parameters=rope)
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(config).eval()
+    tokens = rows(12, 8, 5, 9, 3)
+    with torch.no_grad():
+        together = token_logprobs(policy, tokens)
+        for number, length in enumerate(tokens.attention_mask.sum(-1).tolist()):
+            row = tokens.ids[number, :length]
+            logprobs = policy(input_ids=row[None], use_cache=False).logits[0].log_softmax(-1)
+            alone = logprobs[1:-1].gather(-1, row[2:, None])[:, 0]
+            assert torch.allclose(together[number, 2:length], alone, atol=1e-5)

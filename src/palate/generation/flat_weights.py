@@ -19,8 +19,6 @@ from palate.generation.bunch import Shape
 from palate.generation.packed import MOST_WEIGHTS, Packed, available
 from palate.models import trunk
 
-_FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # angles that do not depend on how long the row is
-
 
 class Layer(NamedTuple):
     """One layer's products."""
@@ -87,14 +85,10 @@ def weights_of(model: nn.Module, rows: int, positions: int) -> Weights | None:
 
 
 def _is_plain(core: Any) -> bool:
-    """Nothing hangs on a module that its weights do not show, no norm is inside the attention, and angles are fixed."""
+    """Nothing hangs on a module that its weights do not show, and no norm is inside the attention."""
     attention = core.base_model.layers[0].self_attn
-    return (
-        core.base_model.rotary_emb.rope_type in _FIXED_ROTARY
-        and not hasattr(attention, "q_norm")
-        and not any(
-            module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in core.modules()
-        )
+    return not hasattr(attention, "q_norm") and not any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module) for module in core.modules()
     )
 
 

@@ -30,6 +30,7 @@ from palate.models import trunk
 from palate.models.activations import Context, checkpointing_layers, checkpoints_activations
 from palate.models.heads import scalar_head
 from palate.models.memo import read_once
+from palate.models.rotary import turning_length
 from palate.models.samples import check_scores
 from palate.types import Reward, Scored, Tokens, groups, joined
 
@@ -160,15 +161,21 @@ def _scatter(tokens: Tokens, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tens
     return torch.zeros(tokens.ids.shape, dtype=values.dtype, device=device).index_put((rows, columns), values)
 
 
-def _buckets(tokens: Tokens) -> Iterator[_Bucket]:
-    """Rows by length, longest first, each bucket of at most ``BUCKET_TOKENS`` padded tokens."""
+def _buckets(model: Any, tokens: Tokens) -> Iterator[_Bucket]:
+    """Rows by length, longest first, each bucket of at most ``BUCKET_TOKENS`` padded tokens.
+
+    No bucket holds rows on both sides of the length that changes the model's rotary angles.
+    """
     budget = BUCKET_TOKENS.get(tokens.ids.device.type, 16384)
     lengths = tokens.attention_mask.sum(-1)
     order = torch.argsort(lengths, descending=True, stable=True)
     sorted_lengths = lengths[order].tolist()
+    limit = turning_length(model)
+    turned = sum(length > limit for length in sorted_lengths)
     start = 0
     while start < len(order) and sorted_lengths[start]:
         stop = start + max(1, budget // sorted_lengths[start])
+        stop = min(stop, turned) if start < turned else stop
         yield _bucket(tokens, order[start:stop], sorted_lengths[start])
         start = stop
 
@@ -237,7 +244,7 @@ def _scatter_states(tokens: Tokens, reads: list[_Read]) -> Tensor:
 
 def _padded(model: Any, adapter: Context, tokens: Tokens, at_last: bool) -> Iterator[_Read]:
     """Through the model's own forward, bucket by bucket."""
-    for bucket in _buckets(tokens):
+    for bucket in _buckets(model, tokens):
         with adapter(), _autocast(model, bucket.ids.device), checkpointing_layers(model, adapter):
             hidden = model.base_model(input_ids=bucket.ids, use_cache=False).last_hidden_state
         row, position = bucket.row, bucket.position
@@ -417,7 +424,7 @@ def _whole_model(
     model: Any, adapter: Context, tokens: Tokens, temperature: float
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The slow way, right for any model: all logits of a bucket, then the response tokens' rows."""
-    for bucket in _buckets(tokens):
+    for bucket in _buckets(model, tokens):
         with adapter(), _autocast(model, bucket.ids.device), checkpointing_layers(model, adapter):
             logits = model(input_ids=bucket.ids, use_cache=False).logits
         logp = (_wide(logits[bucket.row, bucket.position - 1]) / temperature).log_softmax(-1)
@@ -460,7 +467,7 @@ def _whole_models(
     model: nn.Module, other: nn.Module, tokens: Tokens, temperature: float
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The same, the slow way: all logits of a bucket, of both models."""
-    for bucket in _buckets(tokens):
+    for bucket in _buckets(_unwrap(model)[0], tokens):
         found = []
         for role, gradient in ((model, torch.is_grad_enabled()), (other, False)):
             inner, adapter = _unwrap(role)

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from palate.models.activations import Context, checkpointed
 from palate.models.blocks import Call, Places, attention_half, feed_forward_half, rms_norm, wide
+from palate.models.rotary import has_fixed_angles
 
 # pre-norm, RMS norm, rotary halves, gated feed-forward
 KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
@@ -46,7 +47,7 @@ class Layout(NamedTuple):
 
 
 def supported(model: Any) -> bool:
-    """Is the trunk of a known build, without a sliding window, on the CPU?"""
+    """Is the trunk of a known build, without a sliding window and with angles that no row's length changes, on the CPU?"""
     base = model.base_model
     config = base.config
     return (
@@ -56,6 +57,7 @@ def supported(model: Any) -> bool:
         and not any(kind != "full_attention" for kind in getattr(config, "layer_types", None) or ())
         and (type(base).__name__ != "MistralModel" or config.sliding_window is None)
         and not (base.training and getattr(config, "attention_dropout", 0.0))
+        and has_fixed_angles(base)
     )
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: trained weights, optimizer state, and a few numbers; written beside, then renamed.
 
 ``checkpoints/step-N`` holds ``weights.safetensors``, ``optimizer.safetensors`` and ``state.json``, with a checksum of
-the others; where batches are drawn ahead, ``rollout.safetensors`` has the one that was not trained on yet. Data order
+each; where batches are drawn ahead, ``rollout.safetensors`` has the one that was not trained on yet. Data order
 and sampling are functions of (seed, step), so no random state is kept. A folder is complete or it is not there: a kill
 while writing leaves a ``.tmp-`` folder that the next start removes.
 """
@@ -56,7 +56,8 @@ def save_checkpoint(
         if rollout is not None:
             save_file(dict(rollout), temporary / _ROLLOUT)
         checksums = {file.name: _checksum(file) for file in sorted(temporary.iterdir())}
-        text = json.dumps({"step": step, **state, "checksums": checksums}, indent=1)
+        said = {"step": step, **state, "checksums": checksums}
+        text = json.dumps({**said, "checksum": _checksum_of(said)}, indent=1)
         (temporary / "state.json").write_text(text, encoding="utf-8")
         with_usual_modes(temporary)
         for file in temporary.iterdir():
@@ -188,10 +189,17 @@ def _checksum(path: Path) -> int:
     return value
 
 
+def _checksum_of(said: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(said).encode())
+
+
 def _check_whole(path: Path, state: Mapping[str, Any]) -> None:
-    """Every file is there, byte for byte, and the state says all that a run goes on from."""
+    """Every file is there, byte for byte, and the state says all that a run goes on from, as it was written."""
     for key in ("step", "method", "best", "stopped", "sizes"):
         state[key]
+    said = {key: value for key, value in state.items() if key != "checksum"}
+    if "checksum" in state and state["checksum"] != _checksum_of(said):  # checkpoints of earlier versions have none
+        raise ValueError("state.json is not what was written")
     for name, wanted in state["checksums"].items():
         if _checksum(path / name) != wanted:
             raise ValueError(f"{name} is not what was written")
