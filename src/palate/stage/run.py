@@ -46,6 +46,8 @@ from palate.stage.user_cache import cache_folder
 from palate.training import log
 from palate.training.loop import Run, train
 from palate.training.optimizer import check_optimizer
+from palate.training.times import FILE as TIMES
+from palate.training.times import summary, timed
 from palate.types import Models
 
 Say = Callable[[Any], None]
@@ -126,7 +128,7 @@ def _train(stage: Stage, say: Say, quiet: bool) -> None:
     total = config.training.total_steps(len(stage.items.train))
     last: dict[str, dict[str, Any]] = {}
     try:
-        stream = alarmed(train(run), config.out, History(total, flatten(config.to_dict())), say)
+        stream = alarmed(timed(train(run), config.out), config.out, History(total, flatten(config.to_dict())), say)
         for metrics in watched(stream, total, config.run_name, quiet):
             last[metrics["split"]] = metrics
             for tracker in trackers:
@@ -137,6 +139,8 @@ def _train(stage: Stage, say: Say, quiet: bool) -> None:
         if resting is not None:
             resting.wake()
     say(f"stopped: {run.stopped}")
+    if times := log.read(config.out, TIMES):
+        say(summary(times))
     _finish(stage, run, witness, before, say)
 
 
