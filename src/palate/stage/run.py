@@ -23,6 +23,8 @@ from palate.generation.sampler import sample
 from palate.health.alarm import History, text
 from palate.health.watch import FILE as ALARMS
 from palate.health.watch import alarmed
+from palate.models.attention import NOTE, caps_logits
+from palate.models.heads import base_of
 from palate.models.load import load_policy, load_tokenizer
 from palate.models.precision import NOT_FASTER, has_bf16_units
 from palate.models.save import save_model
@@ -187,6 +189,8 @@ def load_stage(config: RunConfig, say: Say) -> Stage:
     if config.method.settings.reads == "prompts":
         _say_what_truncates(config, say)
     model = load_trained(config, tokenizer)
+    if caps_logits(base_of(model).config):
+        say(NOTE)
     config = resolved(config, facts_of(model))
     for key, reason in config.filled.items():
         say(f"{key} = {_value(config, key)}   ({reason})")
