@@ -52,8 +52,8 @@ class TrainingSettings:
             The first look at every batch then checks them, where the loss has a ratio; ``online_dpo`` has none and reads
             them in its metrics alone, ``best_of_n`` does not read them.
         importance: "sequence", a weight for each response, exact until it is cut; "token", one for each token, for long
-            responses whose weights vary too much. Only with ``rollouts_ahead``.
-        importance_max: a larger weight is cut to this; >= 1, usually 2. Only with ``rollouts_ahead``.
+            responses whose weights vary too much. Refused without ``rollouts_ahead``.
+        importance_max: a larger weight is cut to this; >= 1, usually 2. Refused without ``rollouts_ahead``.
         seed: of data order, dropout and sampling.
     """
 
