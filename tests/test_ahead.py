@@ -13,6 +13,7 @@ import torch
 import test_fixed_points
 import test_fixed_points_groups as group_points
 from batches import models_for, scalar_of, weights_of
+from palate.config import load_settings
 from palate.data.chat import Chat
 from palate.data.collate import encode_records
 from palate.data.records import Prompt
@@ -31,6 +32,7 @@ from palate.methods.sft import SFT
 from palate.models.adapters import add_lora
 from palate.models.forward import token_logprobs
 from palate.models.roles import frozen_copy
+from palate.resolve import require_all
 from palate.stage.roles import bill
 from palate.training.ahead import Ahead, sampling_copy
 from palate.training.loop import Run, train
@@ -319,3 +321,14 @@ def test_settings_out_of_range_are_refused(wrong):
     (name,) = wrong
     with pytest.raises(ConfigError, match=rf"training\.{name}: found .* expected"):
         TrainingSettings(**wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"importance": "token"}, {"importance_max": 4.0}])
+def test_importance_without_anything_drawn_ahead_is_refused(wrong):
+    (name,) = wrong
+    given = {"model": "m", "reward": "a:b", "data": "d.jsonl", "out": "o"}
+    with pytest.raises(ConfigError, match=rf"training\.{name}: found .*rollouts_ahead is 0.*rollouts_ahead=1"):
+        require_all(load_settings("grpo", settings=given | {"training": wrong}))
+    require_all(load_settings("grpo", settings=given | {"training": wrong | {"rollouts_ahead": 1}}))
+    written_out = {"importance": "sequence", "importance_max": 2.0}  # as in every run's own config.yaml
+    require_all(load_settings("grpo", settings=given | {"training": written_out}))

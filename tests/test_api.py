@@ -167,6 +167,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
         start(tmp_path / "cut")
     monkeypatch.undo()
     assert files(start(tmp_path / "cut")) == whole
+    steps = [[line["step"] for line in lines(tmp_path / "cut" / f"{name}.jsonl")] for name in ("metrics", "times")]
+    assert steps[0] == steps[1]  # each batch's time stands once, too
 
     # and once more from the very end: everything was trained, nothing was saved yet
     (tmp_path / "cut" / "card.md").unlink()

@@ -31,7 +31,10 @@ FLOOR = {
     "environment": 4,
     "report": 4,
     # What turns settings into runs: everything between the training room and the command line.
-    **dict.fromkeys(("settings_tree", "config", "defaults", "resolve", "lookup", "method_docs", "run_folder"), 5),
+    **dict.fromkeys(
+        ("settings_tree", "settings_problems", "config", "defaults", "resolve", "lookup", "method_docs", "run_folder"),
+        5,
+    ),
     **dict.fromkeys(("stage", "texts", "console", "pipelines", "api"), 5),
     "cli": 6,
     "cli_arena": 6,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from itertools import product
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from palate.errors import RunError
 from palate.evaluation.frontier import less_is_better, means, pareto
 from palate.models.forward import response_logprobs
 from palate.models.load import load_policy, save_model
+from palate.pipelines.frontier import trace
 from palate.pipelines.measure import Yardstick, along, implicit, interval, last_held_out
 from palate.types import Scored
 from tiny import tiny, tokenizer_of, trained
@@ -173,3 +175,32 @@ def test_the_last_evaluation_is_the_last(tmp_path: Path) -> None:
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert last_held_out(tmp_path) == {"loss": 1.0}
+
+
+# -- runs from one model ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("best", "way"), [({}, [2, 4, 6]), ({"step": 4, "value": 0.5}, [2, 4])])
+def test_the_last_point_of_a_run_is_the_model_that_it_saved(tmp_path: Path, best: dict, way: list[int]) -> None:
+    """Checkpoints at 2, 4 and 6 whose weights tell them apart; the model has those of the last, or of the best, step."""
+    tokenizer = tokenizer_of()
+    save_model(tiny(), tokenizer, tmp_path / "start")
+    (tmp_path / "gold.py").write_text("def length(prompts, responses):\n    return [len(r) for r in responses]\n")
+    run = tmp_path / "run"
+    for step in (2, 4, 6):
+        now = trained(tiny(), seed=step)
+        folder = run / "checkpoints" / f"step-{step}"
+        folder.mkdir(parents=True)
+        save_file({f"policy.{n}": p.detach() for n, p in now.named_parameters()}, folder / "weights.safetensors")
+        (folder / "state.json").write_text(json.dumps({"step": step, "best": best if step > 2 else {}}))
+        if step == way[-1]:
+            save_model(now, tokenizer, run / "model")
+    prompts = [Prompt("a b c"), Prompt("d e")]
+    gold = f"{tmp_path / 'gold.py'}:length"
+    found = trace(str(tmp_path / "start"), {"run": str(run)}, prompts, gold, max_new_tokens=4)["runs"]["run"]
+    assert [(p["step"], p["final"]) for p in found] == [(step, step == way[-1]) for step in way]
+    assert len({p["kl"][0] for p in found}) == len(found)  # or the next line would prove nothing
+    # As a run of its own, without checkpoints, the model measures the same.
+    shutil.rmtree(run / "checkpoints")
+    (alone,) = trace(str(tmp_path / "start"), {"run": str(run)}, prompts, gold, max_new_tokens=4)["runs"]["run"]
+    assert {**found[-1], "step": 0} == alone

@@ -182,7 +182,7 @@ def test_a_leftover_of_a_kill_is_removed_and_strange_folders_are_not_checkpoints
     assert not (folder / ".tmp-step-9").exists() and (folder / "step-of-mine").exists()
 
 
-@pytest.mark.parametrize("where", ["save_file", "_to_disk"])
+@pytest.mark.parametrize("where", ["save_file", "sync_path"])
 def test_a_full_disk_is_an_error_that_says_what_to_do_and_leaves_the_earlier_ones(where, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

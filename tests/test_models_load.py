@@ -327,3 +327,29 @@ def test_loaded_weights_give_the_last_digit_of_the_weights_that_were_saved(folde
     assert {p.data_ptr() % 64 for p in scalar.parameters()} == {0}
     save_model(scalar, tokenizer_of(), tmp_path / "reward")
     assert torch.equal(response_scores(load_scalar(tmp_path / "reward"), batch), response_scores(scalar, batch))
+
+
+@pytest.mark.parametrize("kind", ["policy", "new", "scalar"])
+def test_a_model_that_caps_its_attentions_logits_runs_with_the_attention_that_does(tmp_path, kind):
+    """Gemma 2: a cap of 0.05 makes attention nearly even, so that leaving it out shows in every log-prob."""
+    capped, free = (
+        tiny("gemma2", attn_logit_softcapping=cap, query_pre_attn_scalar=1, initializer_range=0.5)
+        for cap in (0.05, None)
+    )
+    free.load_state_dict(capped.state_dict())
+    save_model(capped, tokenizer_of(), tmp_path / "m")
+    eager = AutoModelForCausalLM.from_pretrained(tmp_path / "m", attn_implementation="eager")
+    model = (
+        capped if kind == "new" else load_policy(tmp_path / "m") if kind == "policy" else load_scalar(tmp_path / "m")
+    )
+    assert model.config._attn_implementation == "eager"
+    batch = rows(9, 9)
+    states = [m.base_model(batch.ids).last_hidden_state for m in (model, eager, free)]
+    assert torch.equal(states[0], states[1]) and (states[0] - states[2]).abs().max() > 1e-2
+    if kind != "scalar":
+        plain = eager(batch.ids).logits.log_softmax(-1)[:, 1:-1].gather(-1, batch.ids[:, 2:, None]).sum((1, 2))
+        assert torch.allclose(response_logprobs(model, batch), plain, atol=1e-4)
+
+
+def test_a_model_without_a_cap_keeps_the_fast_attention(folders):
+    assert load_policy(folders / "llama").config._attn_implementation == "sdpa"

@@ -21,6 +21,8 @@ from palate.models.heads import base_of
 from palate.models.load import load_policy, load_scalar, save_model
 from palate.models.roles import AdapterOff, reference_of
 from palate.models.sharing import stands_on, value_head_on
+from palate.resolve import require_all
+from palate.stage import run as stage_run
 from palate.stage.roles import bill, load_roles, load_trained
 from palate.training.loop import Run, train
 from palate.training.optimizer import make_optimizer, trained_parameters
@@ -56,6 +58,7 @@ def settings_of(world, sharing, name="ppo", **settings):
 
 def roles_of(world, sharing, said=None, **settings):
     config = settings_of(world, sharing, **settings)
+    require_all(config)
     tokenizer = tokenizer_of()
     policy = load_trained(config, tokenizer)
     return load_roles(config, policy, Chat(tokenizer), (said if said is not None else []).append)
@@ -298,14 +301,18 @@ def test_a_sum_of_rewards_shares_what_it_can(world):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"sharing": "trunk", "lora": None}, ConfigError, "needs a trunk that training leaves alone. Give --lora"),
+        ({"sharing": "trunk", "lora": None}, ConfigError, "needs a trunk that training leaves alone.*Give --lora"),
         (
             {"sharing": "trunk", "reward": "foreign"},
             ModelError,
             r"its base, .*other, is not that of the policy, .*base",
         ),
         ({"sharing": "trunk", "value": "foreign"}, ModelError, r"value model \(from value\).*weights are not the same"),
-        ({"sharing": "trunk", "value": "whole"}, ModelError, "weights are not the same"),
+        (
+            {"sharing": "trunk", "value": "whole"},
+            ModelError,
+            r"found a whole model.*expected an adapter on the policy's base, .*weights are not the same.*with LoRA from .*base",
+        ),
         ({"sharing": "trunk", "reference": "foreign"}, ModelError, "not a language model|not that of the policy"),
         ({"sharing": "trunk", "model": "sft", "lora": None, "reward": "whole"}, ConfigError, "no adapter of its own"),
         (
@@ -325,6 +332,11 @@ def test_a_sum_of_rewards_shares_what_it_can(world):
             ConfigError,
             "grpo has no value model. Take sharing=trunk, with --lora",
         ),
+        (
+            {"sharing": "trunk", "model": "sft", "lora": None, "value": "whole"},
+            ConfigError,
+            "value=.*whole: found a whole model, expected with sharing=trunk an adapter with a head.*Give",
+        ),
         ({"sharing": "everything"}, ConfigError, "sharing"),
     ],
 )
@@ -339,6 +351,24 @@ def test_what_cannot_share_is_refused_with_what_to_do(world, settings, error, me
     sharing = settings.pop("sharing")
     with pytest.raises(error, match=message):
         roles_of(world, sharing, **settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("ppo", {"sharing": "trunk", "lora": None}),
+        ("ppo", {"sharing": "trunk", "lora": None, "model": {"architecture": "llama"}, "tokenizer": "base"}),
+        ("trpo", {"sharing": "value_head"}),
+        ("grpo", {"sharing": "value_head"}),
+        ("ppo", {"sharing": "value_head", "value": "reward"}),
+    ],
+)
+def test_what_settings_tell_of_sharing_is_refused_before_anything_is_loaded(world, monkeypatch, name, settings):
+    monkeypatch.chdir(world)
+    for loader in ("load_tokenizer", "read_sides", "load_trained"):
+        monkeypatch.setattr(stage_run, loader, lambda *_, **__: pytest.fail("something was loaded"))
+    with pytest.raises(ConfigError, match=f"argument sharing: sharing={settings['sharing']}"):
+        stage_run.run_stage(settings_of(world, name=name, **settings), quiet=True)
 
 
 def test_a_reward_without_a_trunk_stays_apart_and_is_named(world, tmp_path):

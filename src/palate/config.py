@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,8 @@ from palate.generation.settings import SamplingSettings
 from palate.lookup import method_class
 from palate.method_docs import Setting, settings_of
 from palate.models.adapters import LoraSettings
-from palate.settings_tree import Layer, closest, flatten, merge, put, read_overrides, read_yaml, spelled_out
+from palate.settings_problems import truths_as_numbers, unknown_keys, wrong_values
+from palate.settings_tree import Layer, flatten, merge, put, read_overrides, read_yaml, spelled_out
 from palate.training.settings import TrainingSettings
 
 
@@ -304,42 +304,45 @@ def config_from(layer: Layer) -> RunConfig:
     if not isinstance(name, str):
         raise ConfigError('no method is named. Write: palate train METHOD, or "method: METHOD" in the settings file.')
     cls = method_class(name)
-    problems = _unknown_keys(layer, known_keys(cls))
+    problems = unknown_keys(layer, known_keys(cls))
     if problems:
         raise ConfigError("\n".join(problems))
-    settings = _method_settings(cls, section, layer, problems)
+    annotations = _annotations(cls)
+    problems += truths_as_numbers(layer, annotations)
+    try:
+        settings = TypeAdapter(cls).validate_python(section)
+    except ValidationError as error:
+        settings, problems = None, problems + wrong_values(error, "method.", layer, annotations)
     values["method"] = MethodChoice(name, settings)
     try:
         config = RunConfig.model_validate(values)
     except ValidationError as error:
-        problems += _messages(error, "", layer)
+        problems += wrong_values(error, "", layer, annotations)
     if problems:
         raise ConfigError("\n".join(problems))
     config._layer = layer
     return config
 
 
-def _method_settings(cls: Any, section: Mapping[str, Any], layer: Layer, problems: list[str]) -> Any:
-    try:
-        return TypeAdapter(cls).validate_python(section)
-    except ValidationError as error:
-        problems += _messages(error, "method.", layer)
-    return None
-
-
 def known_keys(method: Any) -> dict[str, bool]:
     """Every dotted key that a run with this method understands -> whether keys of one's own may follow below it."""
-    known = {"method.name": False} | {
-        f"method.{f.name}": _is_open(f.type) for f in dataclasses.fields(method) if f.init
+    sections = {key for key, info in RunConfig.model_fields.items() if _dataclass_in(info.annotation) is not None}
+    return {"method.name": False} | {
+        key: key not in sections and _is_open(annotation) for key, annotation in _annotations(method).items()
     }
+
+
+def _annotations(method: Any) -> dict[str, Any]:
+    """Every dotted key -> what its value may be, as it stands in the code."""
+    found = {f"method.{f.name}": f.type for f in dataclasses.fields(method) if f.init}
     for key, info in RunConfig.model_fields.items():
         section = _dataclass_in(info.annotation)
         if section is MethodChoice:
             continue
-        known[key] = section is None and _is_open(info.annotation)
+        found[key] = info.annotation
         if section is not None:
-            known |= {f"{key}.{f.name}": _is_open(f.type) for f in dataclasses.fields(section) if f.init}
-    return known
+            found |= {f"{key}.{f.name}": f.type for f in dataclasses.fields(section) if f.init}
+    return found
 
 
 def shared_settings() -> dict[str, list[Setting]]:
@@ -362,64 +365,6 @@ def _is_open(annotation: Any) -> bool:
 def _dataclass_in(annotation: Any) -> type | None:
     options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     return next((a for a in options if isinstance(a, type) and dataclasses.is_dataclass(a)), None)
-
-
-def _unknown_keys(layer: Layer, known: Mapping[str, bool]) -> list[str]:
-    sections = {key.partition(".")[0] for key in known if "." in key}
-    problems = []
-    for key, value in flatten(layer.values).items():
-        parts = key.split(".")
-        if key in known or any(known.get(".".join(parts[:n])) for n in range(1, len(parts))):
-            continue
-        place = _at(layer, key)
-        if key in sections:
-            if value not in (None, {}):
-                problems.append(f"{place}{key}: found {value!r}, expected a section with keys below it.")
-            continue
-        near = closest(key, known)
-        hint = f' Did you mean "{near}"?' if near else ""
-        section = parts[0] if parts[0] in sections else None
-        siblings = [k.partition(".")[2] for k in known if section and k.startswith(f"{section}.")]
-        listing = f' Known in "{section}": {", ".join(siblings)}.' if section and not near else ""
-        if not section and not near:
-            listing = f" Known: {', '.join(dict.fromkeys(k.partition('.')[0] for k in known))}."
-        problems.append(f'{place}unknown setting "{key}".{hint}{listing}')
-    return problems
-
-
-def _messages(error: ValidationError, prefix: str, layer: Layer) -> list[str]:
-    """pydantic's findings in the house's words, one line each; of a union's branches only the first."""
-    lines: dict[str, str] = {}
-    for found in error.errors():
-        parts = [str(part) for part in found["loc"]]
-        key = prefix + ".".join(p for p in parts if p.isidentifier() and p not in ("str", "dict", "list"))
-        key = key.rstrip(".")
-        problem = found["msg"]
-        inner = found.get("ctx", {}).get("error")
-        if inner is not None:  # raised by the settings themselves, in the house's words
-            section = key.partition(".")[0]
-            text = str(inner) if str(inner).startswith(section) else f"{key}: {inner}"
-            named = (f"{section}.{word}" for word in re.findall(r"\w+", text))
-            lines.setdefault(key + text, _at(layer, next((k for k in named if k in layer.places), key)) + text)
-        elif found["type"] == "missing":
-            lines.setdefault(key, _missing(key))
-        else:
-            problem = problem[0].lower() + problem[1:]
-            lines.setdefault(key, f"{_at(layer, key)}{key}: found {found['input']!r}; {problem}.")
-    return list(lines.values())
-
-
-def _missing(key: str) -> str:
-    return (
-        f'no {key} given. Give --{key}, or "{key}:" in the settings file.'
-        if "." not in key
-        else f"{key}: must be given."
-    )
-
-
-def _at(layer: Layer, key: str) -> str:
-    place = layer.place_of(key)
-    return f"{place}: " if place else ""
 
 
 _SHORT = {

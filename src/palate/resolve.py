@@ -5,13 +5,15 @@ Every value that is filled in says from where it came, in the printed table and 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from palate.config import RunConfig
 from palate.defaults import default_learning_rate
 from palate.errors import ConfigError
 from palate.generation.engines import check_engine
-from palate.training.settings import check_ahead
+from palate.models.adapters import adapter_config
+from palate.training.settings import TrainingSettings, check_ahead
 
 MOST_TOKENS = 1024  # of prompt and response where nobody says: longer rows cost memory that few laptops have
 
@@ -75,7 +77,7 @@ def require_all(config: RunConfig) -> None:
     """Refuse what cannot start, before anything is loaded.
 
     Raises:
-        ConfigError: no data, or no reward where the method needs one.
+        ConfigError: no data, no reward where the method needs one, or settings that cannot be had together.
     """
     method = config.method.settings
     if config.data.train is None:
@@ -99,12 +101,72 @@ def require_all(config: RunConfig) -> None:
             "that reads prompts."
         )
     check_ahead(config.training, method, environment=config.environment is not None)
+    _check_importance(config)
+    _check_sharing(config)
     if config.engine == "vllm":
         _require_engine(config)
     if config.training.old_logprobs == "sampler" and (reason := _inexact(config)):
         raise ConfigError(f"training.old_logprobs=sampler: {reason}")
     if isinstance(config.model, dict) and config.tokenizer is None:
         raise ConfigError("a model from scratch has no tokenizer of its own. Give --tokenizer FOLDER.")
+
+
+def _check_importance(config: RunConfig) -> None:
+    """Importance weights are those of responses that an older policy drew; set for a run that has none, they say nothing.
+
+    A run's own ``config.yaml`` names every setting, so the default written out is no sign that somebody wanted it.
+    """
+    for key in ("importance", "importance_max"):
+        found = getattr(config.training, key)
+        if not config.training.rollouts_ahead and found != getattr(TrainingSettings, key):
+            raise ConfigError(
+                f"{_at(config, f'training.{key}')}training.{key}: found {found}, but training.rollouts_ahead is 0: every "
+                "response is the policy's own, and has no weight. Leave it out, or set training.rollouts_ahead=1."
+            )
+
+
+def _check_sharing(config: RunConfig) -> None:
+    """What the settings alone say of roles on one trunk; whether the bases are the same is seen when they are loaded."""
+    name, method, sharing = config.method.name, config.method.settings, config.sharing
+    if sharing in ("separate", "reference") or len(method.needs) == 1:
+        return
+    found = f"{_at(config, 'sharing')}sharing={sharing}"
+    if sharing == "value_head":
+        if "value" not in method.needs:
+            raise ConfigError(f"{found}: {name} has no value model. Take sharing=trunk, with --lora.")
+        if getattr(method, "trust_region", None) is not None:
+            raise ConfigError(
+                f"{found}: {name} moves the policy by its surrogate alone, and a value loss on the same trunk would move it too. "
+                "Take sharing=trunk."
+            )
+        if config.value is not None:
+            raise ConfigError(
+                f"{found}: the value is a new head on the policy; value={config.value} has no place. Leave value out, or take "
+                "sharing=trunk."
+            )
+        return
+    if config.lora is not None:
+        return
+    if not _is_adapter(config.model):
+        raise ConfigError(
+            f"{found} needs a trunk that training leaves alone, and model={config.model} is trained whole. Give --lora, or an "
+            "adapter folder as the model; or take sharing=reference."
+        )
+    if "value" in method.needs and config.value is not None and not _is_adapter(config.value):
+        raise ConfigError(
+            f"{_at(config, 'value')}value={config.value}: found a whole model, expected with sharing=trunk an adapter with a "
+            "head on the policy's base: there is nothing of it that could learn beside the trunk. Give the model/ folder of "
+            "a reward trained with --lora from that base, or --lora for a new adapter, or take sharing=reference."
+        )
+
+
+def _is_adapter(model: object) -> bool:
+    return isinstance(model, str) and adapter_config(str(Path(model).expanduser())) is not None
+
+
+def _at(config: RunConfig, key: str) -> str:
+    """Where a setting was written, to begin a message with."""
+    return f"{place}: " if (place := config.place_of(key)) else ""
 
 
 def _require_engine(config: RunConfig) -> None:

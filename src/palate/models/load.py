@@ -18,6 +18,7 @@ from torch import nn
 from palate.errors import ConfigError, ModelError
 from palate.models import adapters
 from palate.models.adapters import LoraSettings
+from palate.models.attention import needed_attention
 from palate.models.checks import (
     check_left_to_right,
     check_reads_last_token,
@@ -265,7 +266,12 @@ def _pretrained(
     try:
         with quiet():
             model, info = getattr(transformers, auto).from_pretrained(
-                place, config=config, dtype=weights, use_safetensors=True, output_loading_info=True
+                place,
+                config=config,
+                dtype=weights,
+                use_safetensors=True,
+                output_loading_info=True,
+                **needed_attention(config),
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         pickled = sorted(p.name for p in Path(place).glob("pytorch_model*.bin")) if Path(place).is_dir() else []

@@ -144,7 +144,7 @@ def new_folder(folder: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         if folder.exists():
             folder.rename(replaced)
         saving.rename(folder)
-        _sync(folder.parent)
+        sync_path(folder.parent)
     except PalateError:
         raise
     except (OSError, SafetensorError) as error:
@@ -173,11 +173,12 @@ def _put_back(replaced: Path, folder: Path) -> None:
 def _to_disk(folder: Path) -> None:
     """Wait until everything in a folder is really on disk, so that a power cut after the rename loses nothing."""
     for path in sorted(folder.rglob("*")):
-        _sync(path)
-    _sync(folder)
+        sync_path(path)
+    sync_path(folder)
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from palate.errors import ConfigError, PalateError
+from palate.models.attention import needed_attention
 from palate.models.checks import check_tokenizer
 from palate.models.dropout import without_dropout, without_dropout_config
 from palate.models.quiet import did_you_mean, first_line, quiet
@@ -41,7 +42,7 @@ def new_policy(config: Mapping[str, Any], tokenizer: Any, seed: int) -> nn.Modul
         settings = without_dropout_config(AutoConfig.for_model(architecture, **fields))
         with torch.random.fork_rng(), quiet():
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **needed_attention(settings))
     except PalateError:
         raise
     except Exception as error:  # transformers' validators raise many kinds; all speak about the given fields

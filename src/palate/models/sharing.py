@@ -14,6 +14,7 @@ from torch import nn
 
 from palate.errors import ModelError
 from palate.models.adapters import base_folder, is_adapted
+from palate.models.attention import needed_attention
 from palate.models.heads import base_of, new_score_head, scalar_head
 from palate.models.memo import read_by_several
 
@@ -34,10 +35,15 @@ def stand_on(model: nn.Module, trunk: nn.Module, where: object) -> None:
     places, wanted = _places(mine), _frozen(theirs)
     unlike = [name for name, weight in wanted.items() if not _same(places.get(name), weight)]
     if unlike:
+        what = (
+            f"its base, {_base(model)}, is not that of the policy, {_base(trunk)}"
+            if is_adapted(model)
+            else f"found a whole model with weights of its own, expected an adapter on the policy's base, {_base(trunk)}"
+        )
         raise ModelError(
-            f"{where}: its base, {_base(model)}, is not that of the policy, {_base(trunk)}: {len(unlike)} of {len(wanted)} "
-            f"weights are not the same, {_difference(unlike[0], places, wanted)}. Roles on one trunk need one base in one "
-            f"dtype: {_remedy(trunk)}, or set sharing=reference for models of their own."
+            f"{where}: {what}: {len(unlike)} of {len(wanted)} weights are not the same, "
+            f"{_difference(unlike[0], places, wanted)}. Roles on one trunk need one base in one dtype: {_remedy(trunk)}, or set "
+            "sharing=reference for models of their own."
         )
     for name, weight in wanted.items():
         module, attribute = places[name]
@@ -75,7 +81,7 @@ def value_head_on(policy: nn.Module, seed: int) -> nn.Module:
     config.num_labels = 1
     try:
         with torch.device("meta"):  # everything but the head is replaced
-            value: Any = AutoModelForSequenceClassification.from_config(config)
+            value: Any = AutoModelForSequenceClassification.from_config(config, **needed_attention(config))
     except ValueError as error:
         raise ModelError(
             f"{type(inner).__name__}: transformers knows no sequence classifier of this architecture, whose head could "

@@ -11,7 +11,7 @@ from palate.data.records import Prompt
 from palate.models.load import load_policy
 from palate.models.rewards import load_reward
 from palate.pipelines.answers import Speaker
-from palate.pipelines.measure import Yardstick, along
+from palate.pipelines.measure import Yardstick, along, saved_step
 
 
 def trace(
@@ -24,7 +24,9 @@ def trace(
     max_new_tokens: int = 64,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Measure the start, every checkpoint that a run kept but the last, and its final model; all on the same prompts.
+    """Measure the start, the checkpoints that a run kept on the way to its model, and the model; all on the same prompts.
+
+    The model of a run with ``training.best_metric`` is its best checkpoint; later ones are no part of the way to it.
 
     Args:
         reference: where all runs started.
@@ -54,10 +56,10 @@ def trace(
     for name, where in runs.items():
         run = Path(where)
         policy = load_policy(run / "model", trainable=False)
-        final = {"final": True, **stick.measure(policy)}
-        points = [{"step": step, "final": False, **stick.measure(now)} for step, now in along(run, policy)]
-        steps = points.pop()["step"] if points else 0  # the last checkpoint is the model
-        found["runs"][name] = [*points, {"step": steps, **final}]
+        last = saved_step(run)
+        final = {"step": last, "final": True, **stick.measure(policy)}
+        before = ((step, now) for step, now in along(run, policy) if step < last)
+        found["runs"][name] = [*({"step": s, "final": False, **stick.measure(now)} for s, now in before), final]
     return found
 
 

@@ -198,6 +198,13 @@ def along(run: Path, policy: nn.Module) -> Iterator[tuple[int, nn.Module]]:
         yield int(path.name.removeprefix("step-")), policy
 
 
+def saved_step(run: Path) -> int:
+    """The step whose weights ``model/`` has: the best one's of a run that kept a best, else the last; 0 without checkpoints."""
+    newest = list_checkpoints(run / "checkpoints")[-1:]
+    states = [json.loads((path / "state.json").read_text(encoding="utf-8")) for path in newest]
+    return next((int((state["best"] or state)["step"]) for state in states), 0)
+
+
 def last_held_out(run: Path) -> dict[str, float]:
     """The numbers of the run's last evaluation."""
     last: dict[str, float] = {}

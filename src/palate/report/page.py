@@ -17,7 +17,10 @@ from typing import Any
 from palate.errors import RunError
 from palate.evaluation.statistics import Interval
 from palate.health.alarm import text as alarm_text
-from palate.report.metrics import loss_tells, metric_charts, read_metrics
+from palate.report.charts import line_chart
+from palate.report.metrics import curve, loss_tells, metric_charts, read_metrics
+from palate.training.times import FILE as TIMES
+from palate.training.times import PARTS, spent, tokens_per_second
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,12 @@ def report_run(folder: str | Path, *, samples: int = 6) -> Path:
         samples=pairs,
         before="First samples",
         after="Last samples",
-        sections=[*_held_out(folder), *sections, Section("Curves", charts=charts, more_charts=more, settings=settings)],
+        sections=[
+            *_held_out(folder),
+            *sections,
+            Section("Curves", charts=charts, more_charts=more, settings=settings),
+            *_times(folder),
+        ],
         alarms=[alarm_text(alarm) for alarm in read_metrics(folder / "alarms.jsonl")],
     )
     return write_page(page, folder / "report.html")
@@ -187,6 +195,37 @@ def _held_out(folder: Path) -> list[Section]:
     rows.append(("negative log-likelihood", f"{found['nll']:.3f}", "nats a pair; knowing nothing is 0.693"))
     rows.append(("calibration error", f"{found['ece']:.3f}", "0 = means what it says"))
     return [Section("Held-out pairs", table=Table(["", "value", "what"], rows, numbers=["value"]))]
+
+
+_WHAT_PARTS_ARE = {
+    "time/rollout": "drawing responses",
+    "time/collate": "putting records together",
+    "time/prepare": "what needs no gradient: rewards, values, log-probs of the reference and of the policy before the update",
+    "time/update": "forward, backward and the optimizer's steps",
+    "time/evaluation": "held-out records",
+}
+
+
+def _times(folder: Path) -> list[Section]:
+    """Where the time of the run went (``times.jsonl``); none for a run that has no such file."""
+    lines = read_metrics(folder / TIMES)
+    seconds = spent(lines)
+    if not seconds:
+        return []
+    whole = sum(seconds.values())
+    rows = [
+        (PARTS[name], f"{took:,.1f}", f"{100 * took / whole:.0f} %", _WHAT_PARTS_ARE[name])
+        for name, took in seconds.items()
+    ]
+    speeds = curve(lines, "tokens/second")
+    return [
+        Section(
+            "Where the time went",
+            f"{tokens_per_second(lines):,.0f} tokens a second in the batches, prompts included.",
+            charts=[line_chart("Speed", "tokens a second", [speeds])] if speeds else [],
+            table=Table(["part", "seconds", "share", "what"], rows, numbers=["seconds", "share"]),
+        )
+    ]
 
 
 _LAST = {

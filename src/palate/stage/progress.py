@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from rich.console import Console
 
+from palate.training.times import shares, tokens_per_second
+
 Metrics = dict[str, Any]
 SECONDS_BETWEEN_LINES = 10.0
+BATCHES_OF_PACE = 8  # the bar's tokens a second are those of the last few batches
 # The numbers that matter, most telling first; a stage shows the first three that it has.
 TELLING = ("score", "kl/reference", "reward/accuracy", "length/response", "loss")
 
@@ -30,6 +34,14 @@ def figures(metrics: Metrics) -> str:
     return "  ".join(f"{name} {metrics[name]:.4g}" for name in shown)
 
 
+def pace(batches: Iterable[Metrics]) -> str:
+    """Tokens a second, and of a method that samples where the time goes; "" before the first batch."""
+    batches = list(batches)
+    rate = tokens_per_second(batches)
+    samples = any("time/rollout" in metrics for metrics in batches)
+    return f"{rate:,.0f} tokens/s" + (f": {shares(batches)}" if samples else "") if rate else ""
+
+
 def watched(stream: Iterable[Metrics], total: int, what: str, quiet: bool) -> Iterator[Metrics]:
     """The same metrics, shown as they pass.
 
@@ -47,6 +59,7 @@ def watched(stream: Iterable[Metrics], total: int, what: str, quiet: bool) -> It
 def _lines(stream: Iterable[Metrics], total: int, what: str) -> Iterator[Metrics]:
     first: int | None = None
     started, said, judged = time.monotonic(), 0.0, 0.0
+    since: list[Metrics] = []  # the last line
     for metrics in stream:
         now, step = time.monotonic(), int(metrics["step"])
         if metrics["split"] == "validation":
@@ -55,11 +68,13 @@ def _lines(stream: Iterable[Metrics], total: int, what: str) -> Iterator[Metrics
                 judged = now
         else:
             first = step - 1 if first is None else first  # a resumed run begins later
+            since.append(metrics)
             if now - said >= SECONDS_BETWEEN_LINES or step == total:
-                rate = (step - first) / max(now - started, 1e-9)
-                left = (total - step) / rate
-                _say(f"{what} {step}/{total}  {figures(metrics)}  {rate:.2f} batches/s  {left:.0f} s left")
-                said = now
+                left = (total - step) * (now - started) / (step - first)
+                _say(f"{what} {step}/{total}  {figures(metrics)}  {left:.0f} s left")
+                if speed := pace(since):
+                    _say(f"  {speed}")
+                said, since = now, []
         yield metrics
 
 
@@ -68,6 +83,7 @@ def _say(text: str) -> None:
 
 
 def _bar(stream: Iterable[Metrics], total: int, what: str) -> Iterator[Metrics]:
+    from rich.console import RenderableType
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -76,25 +92,34 @@ def _bar(stream: Iterable[Metrics], total: int, what: str) -> Iterator[Metrics]:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class Told(Progress):
+        """A bar with lines of text below it, each cut at the terminal's width."""
+
+        below: tuple[str, ...] = ()
+
+        def get_renderables(self) -> Iterable[RenderableType]:
+            yield from super().get_renderables()
+            yield from (Text(f"  {line}", no_wrap=True, overflow="ellipsis") for line in self.below if line)
 
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(what, total=total, figures="", rate="")
+    last: deque[Metrics] = deque(maxlen=BATCHES_OF_PACE)
+    with Told(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=total)
         for metrics in stream:
             if metrics["split"] == "validation":
                 progress.console.print(
                     f"{what} {metrics['step']}/{total}  held out: {figures(metrics)}", highlight=False
                 )
             else:
-                speed = metrics.get("tokens/second")
-                rate = f"{speed:,.0f} tokens/s" if speed else ""
-                progress.update(task, completed=metrics["step"], figures=figures(metrics), rate=rate)
+                last.append(metrics)
+                progress.below = (figures(metrics), pace(last))
+                progress.update(task, completed=metrics["step"])
             yield metrics

@@ -102,40 +102,17 @@ def load_roles(config: RunConfig, trained: nn.Module, chat: Chat, say: Say = lam
 
 
 def _trunk(config: RunConfig, trained: nn.Module, say: Say) -> nn.Module | None:
-    """The model on whose frozen weights other roles are to stand, or None; refuses what cannot be shared.
-
-    Raises:
-        ConfigError: the method, or a model without adapter, cannot have ``config.sharing``.
-    """
+    """The model on whose frozen weights other roles are to stand, or None; ``resolve`` has refused what cannot be shared."""
     sharing, name, method = config.sharing, config.method.name, config.method.settings
     if sharing in ("separate", "reference"):
         return None
     if len(method.needs) == 1:
         say(f"sharing={sharing} changes nothing: {name} has one role.")
         return None
-    if sharing == "value_head":
-        if "value" not in method.needs:
-            raise ConfigError(f"sharing=value_head: {name} has no value model. Take sharing=trunk, with --lora.")
-        if getattr(method, "trust_region", None) is not None:
-            raise ConfigError(
-                f"sharing=value_head: {name} moves the policy by its surrogate alone, and a value loss on the same trunk would "
-                "move it too. Take sharing=trunk."
-            )
-        if config.value is not None:
-            raise ConfigError(
-                f"sharing=value_head: the value is a new head on the policy; value={config.value} has no place. Leave value "
-                "out, or take sharing=trunk."
-            )
-        if not is_adapted(trained):
-            say(
-                "sharing=value_head: the policy has no adapter, so that reference and reward have weights of their own."
-            )
-            return None
-    if not is_adapted(trained):
-        raise ConfigError(
-            "sharing=trunk needs a trunk that training leaves alone. Give --lora, or an adapter folder as the model; or take "
-            "sharing=reference."
-        )
+    if sharing == "value_head" and not is_adapted(trained):
+        say("sharing=value_head: the policy has no adapter, so that reference and reward have weights of their own.")
+        return None
+    assert is_adapted(trained)
     return trained
 
 

@@ -23,6 +23,8 @@ from palate.generation.sampler import sample
 from palate.health.alarm import History, text
 from palate.health.watch import FILE as ALARMS
 from palate.health.watch import alarmed
+from palate.models.attention import NOTE, caps_logits
+from palate.models.heads import base_of
 from palate.models.load import load_policy, load_tokenizer
 from palate.models.precision import NOT_FASTER, has_bf16_units
 from palate.models.save import save_model
@@ -46,6 +48,8 @@ from palate.stage.user_cache import cache_folder
 from palate.training import log
 from palate.training.loop import Run, train
 from palate.training.optimizer import check_optimizer
+from palate.training.times import FILE as TIMES
+from palate.training.times import summary, timed
 from palate.types import Models
 
 Say = Callable[[Any], None]
@@ -126,7 +130,7 @@ def _train(stage: Stage, say: Say, quiet: bool) -> None:
     total = config.training.total_steps(len(stage.items.train))
     last: dict[str, dict[str, Any]] = {}
     try:
-        stream = alarmed(train(run), config.out, History(total, flatten(config.to_dict())), say)
+        stream = alarmed(timed(train(run), config.out), config.out, History(total, flatten(config.to_dict())), say)
         for metrics in watched(stream, total, config.run_name, quiet):
             last[metrics["split"]] = metrics
             for tracker in trackers:
@@ -137,6 +141,8 @@ def _train(stage: Stage, say: Say, quiet: bool) -> None:
         if resting is not None:
             resting.wake()
     say(f"stopped: {run.stopped}")
+    if times := log.read(config.out, TIMES):
+        say(summary(times))
     _finish(stage, run, witness, before, say)
 
 
@@ -183,6 +189,8 @@ def load_stage(config: RunConfig, say: Say) -> Stage:
     if config.method.settings.reads == "prompts":
         _say_what_truncates(config, say)
     model = load_trained(config, tokenizer)
+    if caps_logits(base_of(model).config):
+        say(NOTE)
     config = resolved(config, facts_of(model))
     for key, reason in config.filled.items():
         say(f"{key} = {_value(config, key)}   ({reason})")

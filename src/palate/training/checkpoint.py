@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from palate.errors import RunError
 from palate.models.precision import round_to_working
-from palate.models.save import with_usual_modes
+from palate.models.save import sync_path, with_usual_modes
 from palate.types import Method
 
 Parameters = Mapping[str, Mapping[str, nn.Parameter]]
@@ -61,11 +60,11 @@ def save_checkpoint(
         (temporary / "state.json").write_text(text, encoding="utf-8")
         with_usual_modes(temporary)
         for file in temporary.iterdir():
-            _to_disk(file)
+            sync_path(file)
         if target.exists():  # it could not be read, or the run would not be here again
             shutil.rmtree(target)
         temporary.rename(target)
-        _to_disk(folder)
+        sync_path(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(
@@ -203,11 +202,3 @@ def _check_whole(path: Path, state: Mapping[str, Any]) -> None:
     for name, wanted in state["checksums"].items():
         if _checksum(path / name) != wanted:
             raise ValueError(f"{name} is not what was written")
-
-
-def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,15 @@ def cut_back(folder: Path, wanted: Mapping[str, int]) -> None:
         path = folder / name
         if path.exists() and path.stat().st_size > size:
             os.truncate(path, size)
+
+
+def keep_only(folder: Path, name: str, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Forget the entries that are not ``wanted``, and a last line that was cut short by a kill."""
+    if (folder / name).exists():
+        beside = folder / f".{name}.tmp"
+        beside.write_text("", encoding="utf-8")
+        append(folder, beside.name, *(entry for entry in read(folder, name) if wanted(entry)))
+        beside.replace(folder / name)
 
 
 def read(folder: Path, name: str) -> list[dict[str, Any]]:

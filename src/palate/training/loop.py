@@ -88,7 +88,7 @@ def train(run: Run) -> Iterator[Metrics]:
 
     Yields:
         one dictionary a batch ("split": "train") and one an evaluation ("split": "validation"); all but ``time/*`` and
-        ``tokens/second`` is also in ``metrics.jsonl``.
+        ``tokens/second`` (for ``times.timed``) is also in ``metrics.jsonl``.
 
     Raises:
         ModelError: NaN or Inf, or a check of ``training.guards`` failed. RunError: a checkpoint could not be written.

@@ -54,8 +54,8 @@ class TrainingSettings:
             them in its metrics alone, ``best_of_n`` does not read them. "auto" = "sampler" where the loss has a ratio and
             both are the same arithmetic (a Llama-shaped model in float32 on a CPU, embedded sampler), else "trainer".
         importance: "sequence", a weight for each response, exact until it is cut; "token", one for each token, for long
-            responses whose weights vary too much. Only with ``rollouts_ahead``.
-        importance_max: a larger weight is cut to this; >= 1, usually 2. Only with ``rollouts_ahead``.
+            responses whose weights vary too much. Refused without ``rollouts_ahead``.
+        importance_max: a larger weight is cut to this; >= 1, usually 2. Refused without ``rollouts_ahead``.
         seed: of data order, dropout and sampling.
     """
 

@@ -196,9 +196,14 @@ def _values(values: dict[str, Any], names: Sequence[str], taken: Taken) -> dict[
             found[taken.ask(id=own, type="text", required=False)] = value
         else:
             taken.left_out[f'answers to "{question}", which names no response'] += 1
+    return _finished(found, len(names), taken)
+
+
+def _finished(found: dict[str, Any], count: int, taken: Taken) -> dict[str, Any]:
+    """Comparisons made whole, and asked for."""
     for name, value in list(found.items()):
         if isinstance(value, dict):
-            if "choice" not in value or len(names) != 2:
+            if "choice" not in value or count != 2:
                 del found[name]
                 taken.left_out[f'answers to "{name}" that are no choice between two'] += 1
                 continue

@@ -30,8 +30,8 @@ from palate.feedback.exchange.argilla import (
     _NUMBERED,
     _RESPONSE,
     PROMPTS,
-    _ask_compare,
     _choice,
+    _finished,
     _plain,
     _put,
     _slug,
@@ -304,19 +304,3 @@ def _order(value: Any, names: list[str]) -> list[list[int]] | None:
     if sorted(str(each) for tier in tiers for each in tier) != sorted(names):
         return None
     return [sorted(names.index(str(each)) for each in tier) for tier in tiers]
-
-
-def _finished(found: dict[str, Any], count: int, taken: Taken) -> dict[str, Any]:
-    """Comparisons made whole, and asked for."""
-    for name, value in list(found.items()):
-        if isinstance(value, dict):
-            if "choice" not in value or count != 2:
-                del found[name]
-                taken.left_out[f'answers to "{name}" that are no choice between two'] += 1
-                continue
-            if isinstance(value["choice"], int):
-                value.setdefault("strength", 1)
-            else:
-                value.pop("strength", None)
-            _ask_compare(taken, name, value.get("strength", 1))
-    return found

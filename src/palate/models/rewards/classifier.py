@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from palate.errors import ConfigError, ModelError
+from palate.models.attention import needed_attention
 from palate.models.checks import check_weights, context_length
 from palate.models.quiet import did_you_mean, first_line, quiet
 from palate.models.samples import finite, read_samples
@@ -115,14 +116,18 @@ class ClassifierReward:
 def _classifier(where: str, dtype: str | torch.dtype, device: str | torch.device) -> Any:
     """A frozen sequence classifier with all its weights."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForSequenceClassification
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
     from palate.models.load import device_of, dtypes_of
 
     try:
         with quiet():
             model, info = AutoModelForSequenceClassification.from_pretrained(
-                where, dtype=dtypes_of(dtype)[0], use_safetensors=True, output_loading_info=True
+                where,
+                dtype=dtypes_of(dtype)[0],
+                use_safetensors=True,
+                output_loading_info=True,
+                **needed_attention(AutoConfig.from_pretrained(where)),
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{where}: no classifier can be loaded from there. {first_line(error)}") from error
