@@ -143,6 +143,21 @@ def test_implicit_accuracy_and_margin_are_log_ratios_of_the_pair(chat: Chat) -> 
     assert implicit(reference, reference, items, "comparisons")["accuracy"][0] == 0.5  # all ties
 
 
+def test_by_a_soft_label_the_likelier_response_is_the_better_one(chat: Chat) -> None:
+    """A label of 0.2 for (c d, e) is one of 0.8 for (e, c d); one of 1/2 says nothing."""
+    policy, reference = trained(tiny()), tiny()
+
+    def found(*pairs: Comparison) -> dict[str, list[float]]:
+        items, _ = encode_records(list(pairs), "comparisons", chat, max_length=16)
+        return implicit(policy, reference, items, "comparisons")
+
+    turned = found(Comparison("a b", "c d", "e", probability=0.2))
+    as_said, reversed_ = found(Comparison("a b", "e", "c d")), found(Comparison("a b", "c d", "e"))
+    assert turned["accuracy"] == as_said["accuracy"] != reversed_["accuracy"]
+    assert turned["margin"][0] == pytest.approx(as_said["margin"][0], rel=1e-5)
+    assert found(Comparison("a b", "c d", "e", probability=0.5)) == {}
+
+
 def test_checkpoints_are_walked_in_order_with_their_own_weights(tmp_path: Path) -> None:
     tokenizer = tokenizer_of()
     save_model(tiny(tokenizer=tokenizer), tokenizer, tmp_path / "model")

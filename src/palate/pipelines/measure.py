@@ -31,8 +31,9 @@ from palate.models.forward import response_logprobs, score_responses
 from palate.models.load import load_policy, load_tokenizer
 from palate.models.rewards import load_reward
 from palate.stage.chats import chat_of
+from palate.stage.outcome import better_and_worse
 from palate.training.checkpoint import list_checkpoints
-from palate.types import Comparisons, Tokens, moved
+from palate.types import Tokens, moved
 
 Measured = dict[str, list[float]]  # quantity -> [estimate, low, high], or [estimate] where there is no interval
 ROWS = 64  # sampled and scored at once
@@ -145,7 +146,7 @@ def implicit(
     """What the policy itself says of held-out pairs: log pi(y|x)/ref(y|x) as the reward (DPO, eq. 5, without beta).
 
     Args:
-        items: of comparisons, corrections or rankings.
+        items: of comparisons, corrections or rankings; by a soft label the likelier response is the better one.
     Returns:
         "accuracy": share of pairs in which chosen has the higher log-ratio, ties 1/2; "margin": their difference, nats.
     """
@@ -153,7 +154,7 @@ def implicit(
     for start in range(0, len(items), ROWS // 4):
         batch = moved(collate(items[start : start + ROWS // 4], kind), torch.device(device))
         ratio = (response_logprobs(policy, batch.tokens) - response_logprobs(reference, batch.tokens)).cpu()
-        for better, worse in _pairs(batch):
+        for better, worse in better_and_worse(batch):
             lead = float(ratio[better] - ratio[worse])
             accuracy.append(0.5 if lead == 0 else float(lead > 0))
             margin.append(lead)
@@ -161,15 +162,6 @@ def implicit(
     if not margin:
         return {}
     return {name: list(v) for name, v in means({"accuracy": accuracy, "margin": margin}, prompts).items()}
-
-
-def _pairs(batch: Any) -> list[tuple[int, int]]:
-    """(better, worse) row numbers."""
-    if isinstance(batch, Comparisons):
-        return list(zip(batch.chosen.tolist(), batch.rejected.tolist(), strict=True))
-    rank, group = batch.rank.tolist(), batch.tokens.group.tolist()
-    rows = range(len(rank))
-    return [(i, j) for i in rows for j in rows if group[i] == group[j] and rank[i] < rank[j]]
 
 
 def run_policy(run: Path, config: RunConfig) -> nn.Module:

@@ -79,7 +79,7 @@ def held_out_report(model: nn.Module, items: Sequence[Item], kind: str, seed: in
         batch = collate(part, kind)
         scores = response_scores(model, moved(batch.tokens, device)).cpu()
         words = batch.tokens.response_mask.sum(-1)
-        for better, worse in _pairs(batch):
+        for better, worse in better_and_worse(batch):
             chosen.append(float(scores[better]))
             rejected.append(float(scores[worse]))
             lengths.append((int(words[better]), int(words[worse])))
@@ -90,7 +90,7 @@ def held_out_report(model: nn.Module, items: Sequence[Item], kind: str, seed: in
     return evaluate_reward_model(chosen, rejected, prompts=prompts, chosen_length=good, rejected_length=bad, seed=seed)
 
 
-def _pairs(batch: Any) -> list[tuple[int, int]]:
+def better_and_worse(batch: Any) -> list[tuple[int, int]]:
     """(better, worse) row numbers: by a soft label the likelier one is better, and of 1/2 none is."""
     if isinstance(batch, Comparisons):
         sure = batch.probability if batch.probability is not None else torch.ones(len(batch.chosen))

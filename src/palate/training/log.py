@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,12 @@ def cut_back(folder: Path, wanted: Mapping[str, int]) -> None:
             os.truncate(path, size)
 
 
-def keep_only(folder: Path, name: str, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
-    """Forget the entries that are not ``wanted``, and a last line that was cut short by a kill."""
+def keep_before(folder: Path, name: str, step: int) -> None:
+    """Forget the entries from ``step`` on, and a last line that was cut short by a kill."""
     if (folder / name).exists():
         beside = folder / f".{name}.tmp"
         beside.write_text("", encoding="utf-8")
-        append(folder, beside.name, *(entry for entry in read(folder, name) if wanted(entry)))
+        append(folder, beside.name, *(entry for entry in read(folder, name) if entry["step"] < step))
         beside.replace(folder / name)
 
 

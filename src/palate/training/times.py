@@ -7,7 +7,7 @@ settings. So it is cut back by step when a run is resumed, and checkpoints know 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def timed(stream: Iterable[dict[str, Any]], folder: Path) -> Iterator[dict[str, 
         if metrics["split"] == "validation":
             line["time/evaluation"] = time.perf_counter() - started
         if not begun:
-            log.keep_only(folder, FILE, lambda entry, first=metrics["step"]: entry["step"] < first)
+            log.keep_before(folder, FILE, metrics["step"])
             begun = True
         log.append(folder, FILE, line)
         yield metrics
@@ -70,7 +70,7 @@ def shares(lines: Iterable[Line]) -> str:
     return ", ".join(f"{PARTS[n]} {100 * s / whole:.0f} %" for n, s in seconds.items() if s >= whole / 200)
 
 
-def summary(lines: list[Line]) -> str:
+def summary(lines: Sequence[Line]) -> str:
     """What a finished run says of its time, in one line."""
     batches = sum(line["split"] == "train" for line in lines)
     what = f"{batches} batch{'es' * (batches != 1)} in {sum(spent(lines).values()):,.0f} s"
