@@ -17,24 +17,50 @@ MOST_WEIGHTS = 2**28  # numbers: 1 GiB in float32. Larger models are left as the
 
 
 class Packed:
-    """x W^T + b, float32, from a packed copy of W [out, in], best for ``rows`` rows at once."""
+    """scale ((gain x) W^T + b) from a packed copy of W [out, in], best for ``rows`` rows at once.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    In float32 gain [in] and scale [out] are folded into the weights. In bf16 they stay outside: folded in they would be
+    rounded, and the trainer multiplies by the weights as they are. What goes in is rounded to the weights' type.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: int,
+        *,
+        gain: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        weight, self.gain, self.scale = weight.detach(), gain, scale
+        if weight.dtype == torch.float32:
+            self.gain = self.scale = None
+            if scale is not None:
+                weight = weight * scale[:, None]
+                bias = None if bias is None else bias.detach() * scale
+            if gain is not None:
+                weight = weight * gain
+        self.dtype = weight.dtype
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        """In float32, whatever the weights are."""
+        product = torch.ops.mkldnn._linear_pointwise(self._read(x), self.weight, self.bias, "none", [], "")
+        return product.float() if self.scale is None else product * self.scale
 
     def silu(self, x: Tensor) -> Tensor:
         """SiLU of the product, in the same pass."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "swish", [], "")
+        return torch.ops.mkldnn._linear_pointwise(self._read(x), self.weight, self.bias, "swish", [], "")
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "add")
+        return torch.ops.mkldnn._linear_pointwise.binary(self._read(x), other, self.weight, self.bias, "add")
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "mul")
+        return torch.ops.mkldnn._linear_pointwise.binary(self._read(x), other, self.weight, self.bias, "mul")
+
+    def _read(self, x: Tensor) -> Tensor:
+        return (x if self.gain is None else x * self.gain).to(self.dtype)
 
 
 @contextmanager
