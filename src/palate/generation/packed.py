@@ -2,7 +2,8 @@
 
 A decoding step multiplies the same weights by a few dozen rows, over and over. oneDNN does that up to a third faster
 than the default when it may rearrange the weights first, and rearranging costs less than one step. The packed copies
-live as long as one sampling; small models only, for they take the weights' memory a second time.
+live as long as one sampling; small models only, for they take the weights' memory a second time. With bf16 weights a
+product of 32 rows takes six to nine tenths of the time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-MOST_WEIGHTS = 2**28  # numbers: 1 GiB in float32. Larger models are left as they are.
+MOST_WEIGHTS = 2**28  # numbers: 1 GiB in float32, half in bf16. Larger models are left as they are.
 
 
 class Packed:
