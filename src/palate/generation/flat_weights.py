@@ -149,7 +149,7 @@ def _layer(layer: Any, parts: list[Any], rows: int, dtype: torch.dtype) -> Layer
     )
 
 
-def _as(part: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def _as(part: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Any]:
     weight, bias = part
     return weight.to(dtype), None if bias is None else bias.to(dtype)
 
