@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from probe import peak_mb
 from workload import HEADS, HIDDEN, INTERMEDIATE, LAYERS, make
 
 DTYPES = ("float32", "mixed", "bfloat16")
@@ -128,15 +128,11 @@ def _memory_here(job: str, dtype: str, model: Path, work: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert AutoModelForCausalLM and AutoTokenizer
-    before = _peak()
+    before = peak_mb()
     with tempfile.TemporaryDirectory() as scratch:
         steps = training(job, dtype, model, work, 3, Path(scratch))
         next(steps), next(steps)
-    print(json.dumps(_peak() - before))
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(peak_mb() - before))
 
 
 def main() -> None:

@@ -104,7 +104,10 @@ def test_no_rows_give_nothing_and_a_zero_gradient():
     assert (weight.grad == 0).all() and (bias.grad == 0).all() and hidden.grad.shape == (0, HIDDEN)
 
 
-def test_bf16_gives_float32_results_near_the_exact_ones():
+@pytest.mark.parametrize("at_once", [32, 12, 1])  # rows whose gradient of the weight is one product, about
+def test_bf16_gives_float32_results_near_the_exact_ones(at_once, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 5 * VOCABULARY)
+    monkeypatch.setattr(module, "KEPT_ELEMENTS", at_once * VOCABULARY)
     exact = inputs(rows=32)
     low = [x.detach().to(torch.bfloat16).requires_grad_() for x in exact[:3]]
     same = [x.detach().double().requires_grad_() for x in low]  # the very numbers that bf16 holds

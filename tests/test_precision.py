@@ -16,7 +16,7 @@ from palate.methods.dpo import DPO
 from palate.methods.ppo import PPO
 from palate.methods.reward import RewardModel
 from palate.methods.sft import SFT
-from palate.models import forward, trunk
+from palate.models import forward, precision, trunk
 from palate.models.forward import response_scores, token_logprobs
 from palate.models.load import load_policy, load_scalar, save_model
 from palate.models.precision import exact_weights, has_bf16_units, master_of, use_working_copies
@@ -70,8 +70,10 @@ def test_mixed_gradients_are_the_float32_ones_within_bf16s_rounding(architecture
     assert all(p.grad is None for p in mixed.parameters())
 
 
-def test_gradients_of_several_backward_passes_are_summed_in_float32():
+@pytest.mark.parametrize("at_once", [precision.AT_ONCE, 50])
+def test_gradients_of_several_backward_passes_are_summed_in_float32(at_once, monkeypatch):
     """The master's is the float32 sum of the bf16 gradients, number for number: no rounding in between."""
+    monkeypatch.setattr(precision, "AT_ONCE", at_once)
     model = use_working_copies(tiny("llama"))
     parts = [batch(seed) for seed in (1, 2, 3)]
     weights = list(model.parameters())

@@ -112,7 +112,11 @@ class _HeadLogprobs(torch.autograd.Function):
         use_entropy = with_entropy and bool(entropy_grad.any())
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
         float_type = torch.promote_types(weight.dtype, torch.float32)
-        weight_grad = torch.zeros(weight.shape, dtype=float_type, device=weight.device) if wants_weight else None
+        low_sum = wants_weight and hidden.dtype != float_type and len(hidden) > 0
+        waiting: list[Tensor] = []  # in bf16: slopes of chunks whose product with their states is still to be made
+        weight_grad = None
+        if wants_weight and not low_sum:
+            weight_grad = torch.zeros(weight.shape, dtype=float_type, device=weight.device)
         bias_grad = torch.zeros_like(bias, dtype=float_type) if wants_bias and bias is not None else None
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
@@ -139,11 +143,15 @@ class _HeadLogprobs(torch.autograd.Function):
             low = grad.to(hidden.dtype)
             if hidden_grad is not None:
                 torch.mm(low, weight_, out=hidden_grad[rows])
-            if weight_grad is not None:
-                if low.dtype == weight_grad.dtype:
-                    weight_grad.addmm_(low.T, hidden[rows])
-                else:
-                    weight_grad += low.T @ hidden[rows]
+            if low_sum:
+                waiting.append(low)
+                stop, held = min(start + chunk, len(hidden)), sum(map(len, waiting))
+                if stop == len(hidden) or held * weight.shape[0] >= KEPT_ELEMENTS:
+                    product = torch.cat(waiting).T @ hidden[stop - held : stop]
+                    weight_grad = product if weight_grad is None else weight_grad.to(float_type).add_(product)
+                    waiting.clear()
+            elif weight_grad is not None:
+                weight_grad.addmm_(low.T, hidden[rows])
         return (
             hidden_grad,
             None if weight_grad is None else weight_grad.to(weight.dtype),

@@ -112,7 +112,7 @@ class FlatSteps:
 
 def _scaled(x: Tensor, epsilon: Tensor) -> Tensor:
     """x / sqrt(sum(x^2) + epsilon); the rest of the norm is in the weights."""
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return x * torch.addcmul(epsilon, length, length).rsqrt_()
 
 
@@ -126,14 +126,21 @@ def agrees(model: nn.Module, weights: Weights) -> bool:
     size = len(weights.embedding)
     rows = [[(7 * i + 3) % size for i in range(length)] for length in _TRIED]
     steps = FlatSteps(weights)
+    low = any(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
     first = steps.read(rows, 2, 2)
     token = torch.full((4,), 1 % size)
     second = steps.step(token, torch.tensor(_TRIED).repeat_interleave(2))[::2]
     for row, *ours in zip(rows, first, second, strict=True):
         ids = torch.tensor([[*row, 1 % size]])
         own = model(input_ids=ids, use_cache=False).logits[0, -2:].float()
-        if own.shape[-1] != size or not torch.allclose(
-            torch.stack(ours).log_softmax(-1), own.log_softmax(-1), atol=1e-3, rtol=1e-3
-        ):
+        if own.shape[-1] != size or not _near(torch.stack(ours), own, low=low):
             return False
     return True
+
+
+def _near(ours: Tensor, own: Tensor, *, low: bool) -> bool:
+    """Are two models' logits [n, V] one model's up to rounding?"""
+    if low:  # of all together: every layer rounds, and the largest of thousands of differences says little
+        ours, own = (x - x.mean(-1, keepdim=True) for x in (ours, own))
+        return bool((ours - own).norm() <= 5e-2 * own.norm())
+    return torch.allclose(ours.log_softmax(-1), own.log_softmax(-1), atol=1e-3, rtol=1e-3)

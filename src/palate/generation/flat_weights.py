@@ -4,6 +4,9 @@
 * the two halves that rotary embedding turns into each other lie side by side, so that a turn is one complex product;
 * an adapter's low-rank update is added.
 
+A bf16 model's are bf16 where the processor has units for that, and only their products are; else, and with an adapter in
+float32, they are widened.
+
 The copies are made anew for every sampling, for weights change between two. ``None`` says that the model is of another
 build, device or dtype.
 """
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 from palate.generation.bunch import Shape
 from palate.generation.packed import MOST_WEIGHTS, Packed, available
 from palate.models import trunk
+from palate.models.precision import has_bf16_units
 
 
 class Layer(NamedTuple):
@@ -64,22 +68,25 @@ def weights_of(model: nn.Module, rows: int, positions: int) -> Weights | None:
     if any(part is None for part in parts):
         return None
     tensors = [tensor for part in parts if part for tensor in part if tensor is not None] + [base.embed_tokens.weight]
-    if {tensor.dtype for tensor in tensors} != {torch.float32} or {t.device.type for t in tensors} != {"cpu"}:
+    dtypes = {tensor.dtype for tensor in tensors}
+    if not dtypes <= {torch.float32, torch.bfloat16} or {t.device.type for t in tensors} != {"cpu"}:
         return None
     if sum(tensor.numel() for tensor in tensors) > MOST_WEIGHTS:
         return None
+    dtype = torch.bfloat16 if dtypes == {torch.bfloat16} and has_bf16_units() else torch.float32
     attention = base.layers[0].self_attn
     size = attention.head_dim
     shape = Shape(len(linears), len(linears[0][1][0]) // size, size)
     heads = len(linears[0][0][0]) // size
-    cos, sin = (x[0, :, None, : size // 2].float() for x in base.rotary_emb(head.weight, torch.arange(positions)[None]))
+    epsilon = _epsilon(base.norm)
+    cos, sin = (x[0, :, None, : size // 2] for x in base.rotary_emb(epsilon, torch.arange(positions)[None]))
     return Weights(
         shape,
         heads,
-        base.embed_tokens.weight.detach(),
-        [_layer(layer, parts, rows, heads) for layer, parts in zip(base.layers, linears, strict=True)],
-        _epsilon(base.norm),
-        Packed(head.weight * _gain(base.norm), head.bias, rows),
+        base.embed_tokens.weight.detach().to(dtype),
+        [_layer(layer, parts, rows, dtype) for layer, parts in zip(base.layers, linears, strict=True)],
+        epsilon,
+        Packed(*_as((head.weight, head.bias), dtype), rows, gain=_gain(base.norm)),
         torch.complex(cos, sin),
     )
 
@@ -114,25 +121,31 @@ def _linear(module: Any) -> tuple[Tensor, Tensor | None] | None:
     return base.weight.detach() + sum(module.get_delta_weight(name) for name in active), base.bias
 
 
-def _layer(layer: Any, parts: list[Any], rows: int, heads: int) -> Layer:
-    (q, q_bias), (k, k_bias), (v, v_bias), output, gate, up, down = parts
+def _layer(layer: Any, parts: list[Any], rows: int, dtype: torch.dtype) -> Layer:
+    (q, q_bias), (k, k_bias), (v, v_bias), output, gate, up, down = (_as(part, dtype) for part in parts)
     attention = layer.self_attn
-    size, scaling = attention.head_dim, attention.scaling
-    turned = [(_side_by_side(q, size) * scaling, q_bias), (_side_by_side(k, size), k_bias), (v, v_bias)]
-    weight = torch.cat([each for each, _ in turned]) * _gain(layer.input_layernorm)
+    size = attention.head_dim
+    weight = torch.cat([_side_by_side(q, size), _side_by_side(k, size), v])
     bias = None
     if q_bias is not None:
-        bias = torch.cat([_side_by_side(q_bias, size) * scaling, _side_by_side(k_bias, size), v_bias]).detach()
+        bias = torch.cat([_side_by_side(q_bias, size), _side_by_side(k_bias, size), v_bias]).detach()
+    scale = torch.ones(len(weight))
+    scale[: len(q)] = attention.scaling
     gain = _gain(layer.post_attention_layernorm)
     return Layer(
         _epsilon(layer.input_layernorm),
-        Packed(weight, bias, rows),
-        Packed(output[0], output[1], rows),
+        Packed(weight, bias, rows, gain=_gain(layer.input_layernorm), scale=scale),
+        Packed(*output, rows),
         _epsilon(layer.post_attention_layernorm),
-        Packed(gate[0] * gain, gate[1], rows),
-        Packed(up[0] * gain, up[1], rows),
-        Packed(down[0], down[1], rows),
+        Packed(*gate, rows, gain=gain),
+        Packed(*up, rows, gain=gain),
+        Packed(*down, rows),
     )
+
+
+def _as(part: tuple[Tensor, Tensor | None], dtype: torch.dtype) -> tuple[Tensor, Any]:
+    weight, bias = part
+    return weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _side_by_side(x: Tensor, size: int) -> Tensor:
@@ -142,7 +155,7 @@ def _side_by_side(x: Tensor, size: int) -> Tensor:
 
 def _gain(norm: Any) -> Tensor:
     """x / sqrt(mean(x^2) + e) * w = x / sqrt(sum(x^2) + n e) * (w sqrt(n)): the last factor, [n]."""
-    return norm.weight.detach() * len(norm.weight) ** 0.5
+    return norm.weight.detach().float() * len(norm.weight) ** 0.5
 
 
 def _epsilon(norm: Any) -> Tensor:

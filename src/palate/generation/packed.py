@@ -2,7 +2,8 @@
 
 A decoding step multiplies the same weights by a few dozen rows, over and over. oneDNN does that up to a third faster
 than the default when it may rearrange the weights first, and rearranging costs less than one step. The packed copies
-live as long as one sampling; small models only, for they take the weights' memory a second time.
+live as long as one sampling; small models only, for they take the weights' memory a second time. With bf16 weights a
+product of 32 rows takes six to nine tenths of the time.
 """
 
 from __future__ import annotations
@@ -13,28 +14,54 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-MOST_WEIGHTS = 2**28  # numbers: 1 GiB in float32. Larger models are left as they are.
+MOST_WEIGHTS = 2**28  # numbers: 1 GiB in float32, half in bf16. Larger models are left as they are.
 
 
 class Packed:
-    """x W^T + b, float32, from a packed copy of W [out, in], best for ``rows`` rows at once."""
+    """scale ((gain x) W^T + b) from a packed copy of W [out, in], best for ``rows`` rows at once.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+    In float32 gain [in] and scale [out] are folded into the weights. In bf16 they stay outside: folded in they would be
+    rounded, and the trainer multiplies by the weights as they are. What goes in is rounded to the weights' type.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: int,
+        *,
+        gain: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        weight, self.gain, self.scale = weight.detach(), gain, scale
+        if weight.dtype == torch.float32:
+            self.gain = self.scale = None
+            if scale is not None:
+                weight = weight * scale[:, None]
+                bias = None if bias is None else bias.detach() * scale
+            if gain is not None:
+                weight = weight * gain
+        self.dtype = weight.dtype
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        """In float32, whatever the weights are."""
+        product = torch.ops.mkldnn._linear_pointwise(self._read(x), self.weight, self.bias, "none", [], "")
+        return product.float() if self.scale is None else product * self.scale
 
     def silu(self, x: Tensor) -> Tensor:
         """SiLU of the product, in the same pass."""
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "swish", [], "")
+        return torch.ops.mkldnn._linear_pointwise(self._read(x), self.weight, self.bias, "swish", [], "")
 
     def plus(self, x: Tensor, other: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "add")
+        return torch.ops.mkldnn._linear_pointwise.binary(self._read(x), other, self.weight, self.bias, "add")
 
     def times(self, x: Tensor, other: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.weight, self.bias, "mul")
+        return torch.ops.mkldnn._linear_pointwise.binary(self._read(x), other, self.weight, self.bias, "mul")
+
+    def _read(self, x: Tensor) -> Tensor:
+        return (x if self.gain is None else x * self.gain).to(self.dtype)
 
 
 @contextmanager

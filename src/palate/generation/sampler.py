@@ -1,9 +1,9 @@
 """The embedded sampler: responses of a Hugging Face causal language model, with the log-probs they were drawn at.
 
 Each prompt is read once for all its samples; prompts of like length are read together; rows that have stopped leave the
-batch, and others take their places; keys and values are written in place. Llama-shaped models in float32 on the CPU run
-in a step of our own (``flat.py``), all others through their own modules (``plain.py``), one batch after another. Token
-ids go in and token ids come out: nothing is decoded and tokenised again.
+batch, and others take their places; keys and values are written in place. Llama-shaped models on the CPU run in a
+step of our own (``flat.py``), all others through their own modules (``plain.py``), one batch after another. Token ids go
+in and token ids come out: nothing is decoded and tokenised again.
 
 What holds for random numbers (``uniform.py``): the same generator state, prompts and weights give the same samples, and
 the generator moves on by one draw however much is sampled. A sample does not depend on the other rows, on

@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from palate.models.heads import HEAD_NAMES
 
+AT_ONCE = (
+    1 << 18
+)  # numbers added at once: a sum of two types widens a copy first, and one of 25 MB costs ten times its sum
 NOT_FASTER = (
     "this CPU has no units for bfloat16 products: dtype={dtype} halves the weights' memory here, but will not be faster "
     "than float32"
@@ -70,8 +73,12 @@ def _hand_over(weight: Any) -> None:
     master, weight.grad, grad = weight.master, None, weight.grad
     if master.grad is None:
         master.grad = grad.float()
-    else:
+    elif grad.numel() <= AT_ONCE:
         master.grad.add_(grad)
+    else:
+        rows = max(1, AT_ONCE * len(grad) // grad.numel())
+        for total, more in zip(master.grad.split(rows), grad.split(rows), strict=True):
+            total.add_(more)
 
 
 def master_of(weight: nn.Parameter) -> nn.Parameter:
