@@ -24,7 +24,7 @@ from palate.models.heads import HEAD_NAMES
 
 AT_ONCE = (
     1 << 18
-)  # numbers added at once: a sum of two types widens a copy first, and one of 25 MB costs ten times its sum
+)  # numbers added at once: a sum of two types widens a copy first, and a big copy costs more than its sum
 NOT_FASTER = (
     "this CPU has no units for bfloat16 products: dtype={dtype} halves the weights' memory here, but will not be faster "
     "than float32"
