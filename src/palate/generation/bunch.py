@@ -178,8 +178,9 @@ class Bunch:
     def _move(self, rows: Tensor) -> None:
         """To memory of their own: int64 [P, K], places in the grid."""
         old, copies = self.own, self.own.shape[4]
-        self._allocate(self.shape, *rows.shape)
-        self.own = self._part(*rows.shape, old.shape[-2])
+        prompts, samples = rows.shape
+        self._allocate(self.shape, prompts, samples)
+        self.own = self._part(prompts, samples, old.shape[-2])
         prompt, sample = rows // copies, rows % copies
         heads = torch.arange(self.shape.heads)[:, None]
         for new, each in zip(self.own.flatten(0, 1), old.flatten(0, 1), strict=True):
