@@ -234,8 +234,11 @@ def test_attention_of_a_bunch_equals_its_definition_while_rows_end(
         if done.any() and not done.all():
             held = [held[i] for i in bunch.drop(done).tolist()]
         # Rows that ended give their memory back; so do prompts.
-        assert bunch.own.shape[2] < 2 * len(held) and bunch.own.shape[-2] <= bunch.filled + 3
+        grid = bunch.own.shape[2] * bunch.own.shape[4]
+        assert len(held) <= grid and bunch.own.shape[-2] <= bunch.filled + 3
+        assert copies > 1 or bunch.memory.shape[-1] < 2 * len(held) * bunch.most * heads * size
     assert len(held) <= len(lengths) * copies // 2
+    assert bunch.own.shape[2] * bunch.own.shape[4] <= len(lengths) * copies // 2
     assert copies == 1 or bunch.prompt.shape[2] < len(lengths)
 
 

@@ -29,7 +29,7 @@ _GROWTH = 32
 
 
 class Bunch:
-    """P prompts with K rows each, prompt by prompt until the first row ends.
+    """A grid of P prompts with K rows each, read prompt by prompt.
 
     Args:
         lengths: tokens of each prompt.
@@ -38,37 +38,51 @@ class Bunch:
     """
 
     def __init__(self, shape: Shape, lengths: Sequence[int], copies: int, steps: int) -> None:
-        self.copies, self.width, self.rows = copies, max(lengths), len(lengths) * copies
-        self.filled = self.width if copies == 1 else 0  # columns of ``own`` that hold a token
+        self.shared, self.width, self.rows = copies > 1, max(lengths), len(lengths) * copies
+        self.filled = 0 if self.shared else self.width  # columns of ``own`` that hold a token
         self.most = self.filled + steps
-        self.own = _columns(shape, self.rows, min(self.filled + _GROWTH, self.most))
-        self.prompt = self.own if copies == 1 else _columns(shape, len(lengths), self.width)
-        # Numbers to add to scores: -inf before a prompt begins, and in empty columns.
+        # Zeros, not junk: a hidden column has weight 0, but 0 * NaN is NaN.
+        self._allocate(shape, len(lengths), copies)
+        self.own = self._part(len(lengths), copies, min(self.filled + _GROWTH, self.most)).zero_()
+        # [layers, keys and values, P, heads, width, D]
+        self.prompt = torch.zeros(shape.layers, 2, len(lengths) * self.shared, shape.heads, self.width, shape.size)
+        # Numbers to add to scores: -inf before a prompt begins, and in empty columns. [P, 1, prompt's and own columns]
         before = self.width - torch.tensor(lengths)
-        hidden = torch.where(torch.arange(self.width) < before[:, None, None], float("-inf"), 0.0)  # [P, 1, width]
-        empty = torch.full((1, 1, self.own.shape[-2]), float("-inf"))
-        self.mask, self.prompt_mask = empty, hidden  # [n or 1, 1, columns of ``own``], [P, 1, width]
-        if copies == 1:
-            self.mask = empty.repeat(len(lengths), 1, 1)
-            self.mask[:, :, : self.width] = hidden
-        # Of each row its place among all the prompts' rows, prompt K + sample; None: in that order, none missing.
+        hidden = torch.where(torch.arange(self.width) < before[:, None, None], float("-inf"), 0.0)
+        self.mask = _padded(hidden, self.own.shape[-2] - self.filled)
+        # Of each row its place in the grid, prompt K + sample; None: in that order, none missing.
         self.place: Tensor | None = None
+
+    def _allocate(self, shape: Shape, prompts: int, copies: int) -> None:
+        """Memory for the grid's last column; pages that nobody has written to yet are not taken."""
+        self.memory = torch.empty(shape.layers, 2, prompts * shape.heads * copies * self.most * shape.size)
+        self.shape = shape
+
+    def _part(self, prompts: int, copies: int, columns: int) -> Tensor:
+        """The beginning of each layer's memory as [layers, keys and values, P, heads, K, columns, D], without gaps."""
+        grid = (prompts, self.shape.heads, copies, columns, self.shape.size)
+        return self.memory[..., : torch.Size(grid).numel()].unflatten(-1, grid)
 
     def write_prompt(self, layer: int, number: int, key_values: Tensor) -> None:
         """Keys and values [n, 2, heads, D] of all tokens of a prompt."""
         column = self.width - len(key_values)
-        self.prompt[layer, :, number, :, column : self.width] = key_values.permute(1, 2, 0, 3)
+        target = self.prompt if self.shared else self.own[:, :, :, :, 0]
+        target[layer, :, number, :, column : self.width] = key_values.permute(1, 2, 0, 3)
 
     def begin_token(self) -> None:
         """The next ``attend`` of every layer is for one token more."""
         if self.filled == self.own.shape[-2]:
-            self._hold(min(self.filled + _GROWTH, self.most))
-            self.mask = torch.nn.functional.pad(self.mask, (0, self.own.shape[-2] - self.filled), value=float("-inf"))
-        self.mask[:, :, self.filled] = 0
+            self._grow()
+        self.mask[:, :, self.filled - self.own.shape[-2]] = 0
         self.filled += 1
-        self._keys, self._values = _matrices(self.own[:, :, : self.rows])
-        if self.copies > 1:
-            self._prompt_keys, self._prompt_values = _matrices(self.prompt)
+        keys, values = self.own.flatten(2, 4).unbind(1)
+        self._keys, self._values = keys.transpose(-1, -2).unbind(0), values.unbind(0)
+        self._written = self.own[..., self.filled - 1, :].unbind(0)
+        if not self.shared:
+            self._written = tuple(each[:, :, :, 0] for each in self._written)
+        else:
+            keys, values = self.prompt.flatten(2, 3).unbind(1)
+            self._prompt_keys, self._prompt_values = keys.unbind(0), values.unbind(0)
 
     def attend(self, layer: int, queries: Tensor, key_values: Tensor) -> Tensor:
         """Write one token a row and attend to all of its row.
@@ -81,34 +95,42 @@ class Bunch:
             [n, heads G D].
         """
         rows, heads, serves, size = queries.shape
-        self.own[layer, :, :rows, :, self.filled - 1] = key_values.transpose(0, 1)
-        flat = queries.reshape(rows * heads, serves, size)
-        scores = torch.bmm(flat, self._keys[layer])
+        if self.shared:
+            return self._attend_sharing(layer, queries, key_values)
+        self._written[layer].copy_(key_values.transpose(0, 1))
+        scores = torch.bmm(queries.reshape(rows * heads, serves, size), self._keys[layer])
         scores.view(rows, heads * serves, -1).add_(self.mask)
-        if self.copies == 1:
-            return torch.bmm(scores.softmax(-1), self._values[layer]).view(rows, -1)
-        before = self._by_prompt(queries)
-        prompt_scores = torch.bmm(before, self._prompt_keys[layer])
-        prompt_scores.view(len(self.prompt_mask), -1, self.width).add_(self.prompt_mask)
-        whole = torch.cat([self._by_row(prompt_scores, heads, serves), scores], -1).softmax(-1)
-        weights = self._by_prompt(whole[..., : self.width].view(rows, heads, serves, -1))
-        mixed = self._by_row(torch.bmm(weights, self._prompt_values[layer]), heads, serves)
-        return mixed.baddbmm_(whole[..., self.width :], self._values[layer]).view(rows, -1)
+        return torch.bmm(scores.softmax(-1), self._values[layer]).view(rows, -1)
 
-    def _by_prompt(self, x: Tensor) -> Tensor:
-        """[n, heads, G, any] -> [P heads, K G, any]; zeros for rows that have ended."""
-        _, heads, serves, size = x.shape
+    def _attend_sharing(self, layer: int, queries: Tensor, key_values: Tensor) -> Tensor:
+        """In the grid, whose order is prompt, head, sample: one prompt's queries stand together."""
+        _, prompts, heads, copies, size = self._written[layer].shape
+        serves = queries.shape[2]
+        self._written[layer].copy_(self._grid(key_values).permute(2, 0, 3, 1, 4))
+        asked = self._grid(queries).transpose(1, 2).contiguous()
+        together = asked.view(prompts * heads, copies * serves, size)
+        before = torch.bmm(self._prompt_keys[layer], together.transpose(1, 2)).transpose(1, 2)
+        own = torch.bmm(asked.view(-1, serves, size), self._keys[layer])
+        scores = torch.cat([before, own.view(len(before), copies * serves, -1)], -1)
+        scores.view(prompts, -1, scores.shape[-1]).add_(self.mask)
+        weights = scores.softmax(-1)
+        mixed = torch.bmm(weights[..., : self.width], self._prompt_values[layer]).view(-1, serves, size)
+        mixed.baddbmm_(weights[..., self.width :].unflatten(1, (copies, serves)).flatten(0, 1), self._values[layer])
+        mixed = mixed.view(prompts, heads, copies, -1).transpose(1, 2).reshape(prompts * copies, -1)
+        return mixed if self.place is None else mixed[self.place]
+
+    def _grid(self, x: Tensor) -> Tensor:
+        """[n, ...] -> [P, K, ...]; zeros for rows that have ended."""
+        _, _, prompts, _, copies, _, _ = self.own.shape
         if self.place is not None:
-            x = x.new_zeros(self.prompt.shape[2] * self.copies, heads, serves, size).index_copy_(0, self.place, x)
-        return x.view(-1, self.copies, heads, serves, size).transpose(1, 2).reshape(-1, self.copies * serves, size)
-
-    def _by_row(self, x: Tensor, heads: int, serves: int) -> Tensor:
-        """The way back: [P heads, K G, any] -> [n heads, G, any], a copy."""
-        x = x.view(-1, heads, self.copies, serves, x.shape[-1]).transpose(1, 2).flatten(0, 1)
-        return (x if self.place is None else x[self.place]).reshape(-1, serves, x.shape[-1])
+            x = x.new_zeros(prompts * copies, *x.shape[1:]).index_copy_(0, self.place, x)
+        return x.unflatten(0, (prompts, copies))
 
     def drop(self, done: Tensor) -> Tensor:
-        """Forget rows. The last rows move into the holes: a row that ends costs one row's copy at most.
+        """Forget rows.
+
+        Where none shares a prompt, the last rows move into the holes: a row that ends costs one row's copy at most.
+        Where they do, a hole stays a hole until a smaller grid holds all that are left.
 
         Args:
             done: bool [n].
@@ -118,48 +140,64 @@ class Bunch:
         """
         order = torch.arange(self.rows)
         left = self.rows - int(done.sum())
+        if self.shared:
+            order = order[~done]
+            self.place = order if self.place is None else self.place[order]
+            self.rows = left
+            self._tighten()
+            return order
         holes = order[:left][done[:left]]
         movers = order[left:][~done[left:]]
         if len(movers):
-            self.own[:, :, holes, :, : self.filled] = self.own[:, :, movers, :, : self.filled]
+            self.own[:, :, holes, :, :, : self.filled] = self.own[:, :, movers, :, :, : self.filled]
         order[holes] = movers
         order = order[:left]
-        self.rows = left
-        if self.copies > 1:
-            self.place = order if self.place is None else self.place[order]
-        else:
-            self.mask = self.mask[order]
-        self._shrink()
+        self.own, self.mask, self.rows = self.own[:, :, :left], self.mask[order], left
+        if 0 < self.own[0].numel() * self.most // self.own.shape[-2] <= self.memory[0].numel() // 2:
+            self._move(torch.arange(left)[:, None])
         return order
 
-    def _shrink(self) -> None:
-        """Give memory back whenever half of it serves no row any more."""
-        if 0 < self.rows <= self.own.shape[2] // 2:
-            self._hold(self.own.shape[-2])
-        if self.place is not None and len(self.place):
-            used, new = torch.unique(self.place // self.copies, return_inverse=True)
-            if len(used) <= self.prompt.shape[2] // 2:
-                self.prompt = self.prompt[:, :, used].contiguous()
-                self.prompt_mask = self.prompt_mask[used]
-                self.place = new * self.copies + self.place % self.copies
+    def _tighten(self) -> None:
+        """Give memory back when a quarter of the grid or more serves no row any more."""
+        if self.place is None or not self.rows:
+            return
+        _, _, prompts, _, copies, _, _ = self.own.shape
+        number = self.place // copies
+        used, number, counts = torch.unique(number, return_inverse=True, return_counts=True)
+        most = int(counts.max())
+        if len(used) * most > prompts * copies * 3 // 4:
+            return
+        # Rows stand in the grid's order: the n-th of a prompt takes the prompt's n-th place.
+        nth = torch.arange(self.rows) - (counts.cumsum(0) - counts)[number]
+        rows = self.place.new_zeros(len(used), most)
+        rows[number, nth] = self.place
+        self._move(rows)
+        self.prompt, self.mask = self.prompt[:, :, used], self.mask[used]
+        self.place = number * most + nth if self.rows < rows.numel() else None
 
-    def _hold(self, columns: int) -> None:
-        """Move to memory of so many columns, and of no more rows than there are."""
-        layers, two, _, heads, _, size = self.own.shape
-        held = self.own.new_zeros(layers, two, self.rows, heads, columns, size)
-        held[..., : self.filled, :] = self.own[:, :, : self.rows, :, : self.filled]
-        self.own = held
-        if self.copies == 1:
-            self.prompt = held
+    def _move(self, rows: Tensor) -> None:
+        """To memory of their own: int64 [P, K], places in the grid."""
+        old, copies = self.own, self.own.shape[4]
+        prompts, samples = rows.shape
+        self._allocate(self.shape, prompts, samples)
+        self.own = self._part(prompts, samples, old.shape[-2])
+        prompt, sample = rows // copies, rows % copies
+        heads = torch.arange(self.shape.heads)[:, None]
+        for new, each in zip(self.own.flatten(0, 1), old.flatten(0, 1), strict=True):
+            new.copy_(each[prompt[:, None], heads, sample[:, None]])
+
+    def _grow(self) -> None:
+        """More columns in the same memory, layer by layer: no second copy of the whole, and no new pages but for them."""
+        old = self.own
+        columns = min(self.filled + _GROWTH, self.most)
+        self.own = self._part(old.shape[2], old.shape[4], columns)
+        for new, each in zip(self.own.flatten(0, 1), old.flatten(0, 1), strict=True):
+            held = each.clone()
+            new[..., : self.filled, :] = held
+            new[..., self.filled :, :] = 0
+        self.mask = _padded(self.mask, columns - self.filled)
 
 
-def _columns(shape: Shape, rows: int, columns: int) -> Tensor:
-    """[layers, keys and values, rows, heads, columns, D]. Zeros, not junk: a hidden column has weight 0, but 0 * NaN is
-    NaN."""
-    return torch.zeros(shape.layers, 2, rows, shape.heads, columns, shape.size)
-
-
-def _matrices(columns: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Keys [rows heads, D, columns] and values [rows heads, columns, D] of each layer, views."""
-    keys, values = columns.flatten(2, 3).unbind(1)
-    return keys.transpose(-1, -2).unbind(0), values.unbind(0)
+def _padded(mask: Tensor, columns: int) -> Tensor:
+    """So many columns more, hidden."""
+    return torch.nn.functional.pad(mask, (0, columns), value=float("-inf"))

@@ -31,6 +31,7 @@ from palate.types import Tokens
 __all__ = ["SamplingSettings", "sample"]
 
 _TOGETHER = 8  # rows that begin together where others are on their way
+_SHARING = 16  # the same where rows share prompts and none waits: less of them is padding
 
 
 def sample(
@@ -121,7 +122,8 @@ def sample(
     with torch.no_grad(), ready(voices, device, min(rows, max_batch_rows), longest) as steps:
         together = max_batch_rows
         if all(each.refills for each in steps):
-            together = min(together, max(_TOGETHER, samples_per_prompt, max_batch_rows // _TOGETHER))
+            few = _SHARING if 1 < samples_per_prompt and rows <= max_batch_rows else _TOGETHER
+            together = min(together, max(few, samples_per_prompt, max_batch_rows // _TOGETHER))
         batches = _batches(prompts, samples_per_prompt, together, device)
         drawn = decode(voices, steps, batches, facts, settings, stop=stop, max_rows=max_batch_rows, ended=count)
     return _tokens(prompts, samples_per_prompt, drawn, device, records)
