@@ -20,7 +20,7 @@ from palate.methods.ppo import PPO, rollout_metrics
 from palate.methods.reward import RewardModel
 from palate.methods.sft import SFT
 from palate.models.forward import response_scores
-from palate.stage.outcome import _pairs
+from palate.stage.outcome import better_and_worse
 from palate.training.loop import train
 from palate.training.optimizer import make_optimizer, trained_parameters
 from palate.training.settings import TrainingSettings
@@ -126,8 +126,8 @@ def test_held_out_pairs_take_the_likelier_side_as_better():
     batch = Comparisons(
         tokens(), torch.tensor([0, 3, 6]), torch.tensor([1, 4, 7]), probability=torch.tensor([0.9, 0.2, 0.5])
     )
-    assert _pairs(batch) == [(0, 1), (4, 3)]
-    assert _pairs(replace(batch, probability=None)) == [(0, 1), (3, 4), (6, 7)]
+    assert better_and_worse(batch) == [(0, 1), (4, 3)]
+    assert better_and_worse(replace(batch, probability=None)) == [(0, 1), (3, 4), (6, 7)]
 
 
 @pytest.mark.parametrize(

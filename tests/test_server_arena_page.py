@@ -171,6 +171,22 @@ def test_a_phone_has_no_sideways_scrolling(page, site_of) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
 
 
+def test_nothing_can_be_written_before_the_page_knows_what_the_talk_waits_for(page, site_of) -> None:
+    """The server's answer is held back: what was typed meanwhile would be lost, or sent without the talk before it."""
+    site = site_of(Parrot("alpha"), Parrot("beta"))
+    held = []
+    page.route(
+        "**/api/arena", lambda route: held.append(route) if len(held) == 1 else (held.append(None), route.continue_())
+    )
+    site.log_in(page)
+    page.wait_for_selector("#field")
+    until(page, lambda: len(held) == 2)
+    assert page.locator("#field:disabled").count() == page.locator("#send:disabled").count() == 1
+    held[1].continue_()
+    write(page, "hello")
+    page.wait_for_selector(".votes")
+
+
 def test_enter_pressed_once_more_does_not_vote(page, site_of) -> None:
     """No button has the focus when the votes appear: neither side is what a careless key chooses."""
     site = site_of(Parrot("alpha"), Parrot("beta"))

@@ -130,7 +130,7 @@ def test_a_run_draws_everything_of_its_policy_with_one_engine(
             data={"train": tmp_path / "prompts.jsonl", "validation_fraction": 0.3, "max_length": 40},
             sampling={"max_new_tokens": 6},
             samples_per_prompt=3,
-            training={"max_steps": 2, "batch_size": 4, "eval_every": 0},
+            training={"max_steps": 2, "batch_size": 4, "eval_every": 0, "old_logprobs": "trainer"},
             environment={"function": f"{tmp_path / 'mine.py'}:talk", "max_turns": 2} if turns else None,
             engine=engine,
             out=tmp_path / engine,

@@ -25,9 +25,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from palate.errors import DataError
-from palate.methods.dpo import check_positive, log_ratios
+from palate.methods.dpo import check_positive, log_ratios, with_reference
 from palate.methods.reward import reward_accuracy
-from palate.models.forward import context_length, response_logprobs, response_logprobs_of_both
+from palate.models.forward import context_length, response_logprobs
 from palate.types import Judgements, Mean, Models, Tokens, groups
 
 
@@ -117,16 +117,11 @@ class KTO:
                 "Set training.batch_size to 2 or more, and give as many prompts to train and to validate on."
             )
         others = mismatched(batch.tokens, context_length(models.policy))
-        if batch.reference_logprobs is None:
-            own, reference = response_logprobs_of_both(models.reference, batch.tokens, others)
-            batch = replace(batch, reference_logprobs=own)
-        else:
-            reference = response_logprobs(models.reference, others)
-        ratio = response_logprobs(models.policy, others) - reference  # [N]
+        ratio = response_logprobs(models.policy, others) - response_logprobs(models.reference, others)  # [N]
         estimate = Mean.of(ratio, others.response_mask.any(-1))
         kl = (estimate.total / estimate.count.clamp(min=1)).clamp(min=0).detach()
         metrics = {"kl/mismatched": Mean(kl * estimate.count, estimate.count)}
-        return replace(batch, kl=kl.expand(len(batch)).clone(), metrics=metrics)
+        return replace(with_reference(models, batch), kl=kl.expand(len(batch)).clone(), metrics=metrics)
 
     def loss(self, models: Models, batch: Judgements) -> dict[str, Mean]:
         """Mean over responses."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +31,7 @@ from palate.models.heads import scalar_head
 from palate.models.memo import read_once
 from palate.models.rotary import turning_length
 from palate.models.samples import check_scores
-from palate.types import Reward, Scored, Tokens, groups, joined
+from palate.types import Reward, Scored, Tokens, groups
 
 _NOTHING_BEFORE = "a row begins with a response token: nothing comes before it to predict it from"
 BUCKET_TOKENS = {"cpu": 1024, "cuda": 16384}  # tokens of one trunk call; larger only costs memory
@@ -99,13 +98,6 @@ def token_logprobs_and_kl(
 def response_logprobs(model: nn.Module, tokens: Tokens) -> Tensor:
     """log p(response | prompt), summed over response tokens; float32 [N], nats."""
     return token_logprobs(model, tokens).sum(-1)
-
-
-def response_logprobs_of_both(model: nn.Module, tokens: Tokens, others: Tokens) -> tuple[Tensor, Tensor]:
-    """``response_logprobs`` of two sets of rows, [N] and [M]; a prompt that rows of one group number share is read once."""
-    rows = replace(joined(tokens, others), group=torch.cat([tokens.group, others.group]))
-    sums = response_logprobs(model, rows)
-    return sums[: len(tokens)], sums[len(tokens) :]
 
 
 def token_values(model: nn.Module, tokens: Tokens) -> Tensor:

@@ -15,8 +15,9 @@ const LETTERS = { left: "A", right: "B", one: "" };
 const main = document.getElementById("main");
 const clock = new Clock();
 const turns = h("ol", { class: "talk", id: "talk" });
-const field = h("textarea", { id: "field", rows: 2, dir: "auto", autocomplete: "off" });
-const sendButton = h("button", { type: "submit", class: "primary", id: "send" });
+// Neither can be used before ``settle`` knows what the talk waits for.
+const field = h("textarea", { id: "field", rows: 2, dir: "auto", autocomplete: "off", disabled: true });
+const sendButton = h("button", { type: "submit", class: "primary", id: "send", disabled: true });
 const stopButton = h("button", { type: "button", id: "stop", hidden: true });
 let me;
 let offer; // what the server offers
