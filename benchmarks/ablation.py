@@ -67,7 +67,7 @@ def automatic_gradients() -> None:
 
 def head_in_one_piece() -> None:
     """Logits of a whole microbatch's response tokens at once, and what automatic gradients make of them."""
-    from palate.models import forward
+    from palate.models import plain_head
 
     def plain(
         hidden: Any, weight: Any, targets: Any, *, bias: Any, temperature: float, softcap: Any, with_entropy: bool
@@ -77,14 +77,14 @@ def head_in_one_piece() -> None:
         logprobs = (logits / temperature).log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
         return logprobs, hidden.new_zeros(len(hidden))
 
-    forward.logprobs_and_entropy = plain
+    plain_head.logprobs_and_entropy = plain
 
 
 def head_everywhere() -> None:
     """The model's own logits at all positions, padding included; with padded rows, for those have them."""
     from palate.models import forward
 
-    forward._plain_head = lambda model: None
+    forward.plain_head = lambda model: None
 
 
 def nothing_kept() -> None:

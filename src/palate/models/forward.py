@@ -24,11 +24,12 @@ from torch.nn import functional
 from palate.errors import ModelError
 from palate.functional.divergences import exact_kl
 from palate.functional.importance import gradient_times
-from palate.functional.logprobs import logprobs_and_entropy, logprobs_and_kl
+from palate.functional.logprobs import logprobs_and_kl
 from palate.models import trunk
 from palate.models.activations import Context, checkpointing_layers, checkpoints_activations
 from palate.models.heads import scalar_head
 from palate.models.memo import read_once
+from palate.models.plain_head import plain_head
 from palate.models.rotary import turning_length
 from palate.models.samples import check_scores
 from palate.types import Reward, Scored, Tokens, groups
@@ -336,7 +337,7 @@ def _scalar(model: nn.Module, states: Tensor) -> Tensor:
 
 def _logprobs(model: nn.Module, tokens: Tokens, temperature: float, with_entropy: bool) -> tuple[Tensor, Tensor]:
     inner, adapter = _unwrap(model)
-    head = _plain_head(inner)
+    head = plain_head(inner)
     found = (
         _whole_model(inner, adapter, tokens, temperature)
         if head is None
@@ -350,66 +351,6 @@ def _logprobs(model: nn.Module, tokens: Tokens, temperature: float, with_entropy
         logprobs.append((row, column, logprob))
         entropies.append((row, column, entropy))
     return _scatter(tokens, logprobs), _scatter(tokens, entropies if with_entropy else [])
-
-
-class _Head(NamedTuple):
-    """What makes logits of states: softcap(scale * h W^T + b)."""
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: float
-    softcap: float | None
-
-    def scaled(self, states: Tensor) -> Tensor:
-        return states if self.scale == 1.0 else states * self.scale
-
-    def __call__(
-        self, states: Tensor, targets: Tensor, temperature: float, with_entropy: bool
-    ) -> tuple[Tensor, Tensor]:
-        return logprobs_and_entropy(
-            self.scaled(states),
-            self.weight,
-            targets,
-            bias=self.bias,
-            temperature=temperature,
-            softcap=self.softcap,
-            with_entropy=with_entropy,
-        )
-
-
-_plain: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
-
-
-def _plain_head(model: Any) -> _Head | None:
-    """The model's own head as a chunked function, or None when it does something that we do not know of.
-
-    Known: a linear layer, Gemma's soft cap, Cohere's and Granite's scale. Whether that is all is found out by trying, once
-    a model.
-    """
-    linear = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if type(linear) is not nn.Linear:
-        return None
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    head = _Head(linear.weight, linear.bias, scale, softcap)
-    if model not in _plain:
-        _plain[model] = _agrees(model, head)
-    return head if _plain[model] else None
-
-
-@torch.no_grad()
-def _agrees(model: Any, head: _Head) -> bool:
-    """Does ``head`` on the trunk's states give the log-probs of the model's own logits?"""
-    device = next(model.parameters()).device
-    ids = torch.arange(8, device=device)[None] % model.get_output_embeddings().weight.shape[0]
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    own = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)[0, :-1]
-    ours, _ = head(hidden[0, :-1], ids[0, 1:], 1.0, False)
-    tolerance = 1e-3 if hidden.dtype == torch.float32 else 5e-2
-    return bool(
-        torch.allclose(ours.float(), own.gather(-1, ids[0, 1:, None]).squeeze(-1), atol=tolerance, rtol=tolerance)
-    )
 
 
 def _whole_model(
@@ -429,7 +370,7 @@ def _logprobs_and_kl(
     model: nn.Module, other: nn.Module, tokens: Tokens, temperature: float
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Rows, columns, log-probs of ``model``, KL(other || model)."""
-    head, other_head = _plain_head(_unwrap(model)[0]), _plain_head(_unwrap(other)[0])
+    head, other_head = plain_head(_unwrap(model)[0]), plain_head(_unwrap(other)[0])
     if head is None or other_head is None:
         yield from _whole_models(model, other, tokens, temperature)
         return
