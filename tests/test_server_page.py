@@ -704,6 +704,21 @@ def test_skip_takes_a_reason_in_own_words_and_escape_takes_none(page, site_of) -
     assert page.locator(".prompt").inner_text() != before and site.answers() == []
 
 
+def test_a_dialog_is_gone_at_the_key_stroke_that_closes_it(page, site_of) -> None:
+    """Else the next key opens another beside it, before the browser has told of the first."""
+    site = site_of(task_with(COMPARE), TWO)
+    site.log_in(page)
+    ready(page)
+    dialogs = page.evaluate(
+        "() => ['s', 'Escape', 'p', 'Escape', 's'].map((key) => { document.activeElement.dispatchEvent("
+        "new KeyboardEvent('keydown', { key, bubbles: true, cancelable: true })); "
+        "return document.querySelectorAll('dialog').length; })"
+    )
+    assert dialogs == [1, 0, 1, 0, 1]
+    press(page, "Escape")
+    assert page.locator("dialog").count() == 0 and site.events("skip") == []
+
+
 def test_a_report_leaves_the_item_and_what_was_chosen(page, site_of) -> None:
     site = site_of(task_with(COMPARE), TWO)
     site.log_in(page)

@@ -67,15 +67,22 @@ export function ask(title, make, { wide = false } = {}) {
     const before = document.activeElement;
     const heading = h("h2", { id: "dialog-title" }, title);
     const dialog = h("dialog", { class: wide ? "wide" : "", "aria-labelledby": "dialog-title" });
-    let given = null;
-    const answer = (value) => { given = value; dialog.close(); };
-    put(dialog, heading, make(answer, dialog));
-    dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
-    dialog.addEventListener("close", () => {
+    // Gone at once: the browser tells of a closed dialog later, and the next key may already open another.
+    const answer = (value) => {
+      if (!dialog.isConnected) return;
+      dialog.close();
       dialog.remove();
       if (before && before.isConnected) before.focus({ preventScroll: true });
-      resolve(given);
+      resolve(value);
+    };
+    put(dialog, heading, make(answer, dialog));
+    dialog.addEventListener("click", (event) => { if (event.target === dialog) answer(null); });
+    dialog.addEventListener("keydown", (event) => {
+      if (event.key !== "Escape" || event.isComposing) return;
+      event.preventDefault();
+      answer(null);
     });
+    dialog.addEventListener("close", () => answer(null)); // what closes it besides, such as a phone's gesture
     document.body.append(dialog);
     dialog.showModal();
     (dialog.querySelector("[autofocus]") || dialog.querySelector("button, input, textarea"))?.focus();
