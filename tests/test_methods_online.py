@@ -560,7 +560,7 @@ def test_a_whole_run_from_its_settings(name, method, reward, lora, tmp_path, mon
     assert len([line for line in lines if line["split"] == "train"]) == 3
     assert all(math.isfinite(line["score"]) for line in lines)
     if name != "best_of_n":
-        assert lines[1]["kl/reference"] == 0 and any(line["kl/reference"] != 0 for line in lines[2:])
+        assert abs(lines[1]["kl/reference"]) < 1e-6 and any(line["kl/reference"] != 0 for line in lines[2:])
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert samples and all(("score" in line) == (reward == "few" or "when" not in line) for line in samples)
     assert (run / "card.md").exists()

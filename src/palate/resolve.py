@@ -189,26 +189,40 @@ def _require_engine(config: RunConfig) -> None:
 
 
 def may_keep_logprobs(config: RunConfig) -> bool:
-    """With ``training.old_logprobs=auto``: do the settings allow it, and will the first look check it?"""
-    has_ratio = getattr(config.method.settings, "off_policy", "") == "weights"
-    return has_ratio and config.device == "cpu" and _inexact(config) is None
+    """With ``training.old_logprobs=auto``: do the settings allow it?"""
+    return config.device == "cpu" and _inexact(config) is None
 
 
 def _inexact(config: RunConfig) -> str | None:
-    """Why what the sampler says of its tokens is not what the trainer would say, up to float32's rounding; None = it is."""
-    if config.method.settings.reads != "prompts":
-        return f"{config.method.name} samples nothing. Leave it out."
+    """Why what the sampler says of its tokens is not what the trainer would say, up to float32's rounding, or why no first
+    look would find that out; None = it is, and is checked."""
+    name, method = config.method.name, config.method.settings
+    if method.reads != "prompts":
+        return f"{name} samples nothing. Leave it out."
     advice = "Set training.old_logprobs=trainer."
     if config.dtype != "float32" or config.engine != "embedded":
         return (
             f"found dtype={config.dtype}, engine={config.engine}; the sampler agrees with the trainer to the last digits in "
             f"float32 with the embedded one only. {advice}"
         )
-    if config.training.rollouts_ahead or config.environment is not None:
-        what = "training.rollouts_ahead" if config.training.rollouts_ahead else "environment"
+    others = {
+        "training.rollouts_ahead": config.training.rollouts_ahead,
+        "environment": config.environment is not None,
+        "lora.dropout": config.lora is not None and config.lora.dropout,
+    }
+    if what := next((key for key, is_on in others.items() if is_on), None):
         return f"with {what} the log-probs of the draw are not those of the policy's rows. {advice}"
-    if getattr(config.method.settings, "drawn_by", ("policy",)) != ("policy",):
-        return f"{config.method.name} draws from others than the policy, too. {advice}"
+    look = "ratio" if getattr(method, "off_policy", "") == "weights" else getattr(method, "first_look", "")
+    drawn_by = getattr(method, "drawn_by", ("policy",))
+    if "policy" not in drawn_by or (len(drawn_by) > 1 and look != "ratio"):
+        return f"{name} draws from others than the policy, too. {advice}"
+    if not look:
+        return f"{name} does not say what of its loss would check them. {advice}"
+    if look == "pairs" and config.sampling.temperature != 1:
+        return (
+            f"found sampling.temperature={config.sampling.temperature:g}; {name} trains the policy at temperature 1, so its "
+            f"loss cannot check what was drawn at another. {advice}"
+        )
     return None
 
 

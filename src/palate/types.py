@@ -287,7 +287,9 @@ class Method(Protocol):
     prompts when ``prepare`` leaves groups out; ``drawn_by``, who draws the responses to each prompt, where that is not
     the policy alone, and ``mixture``, the reference's share in a mixture (``training.rollouts``; docs/decisions/0002); ``off_policy``,
     what makes its loss right for responses that an older policy drew: "weights" = an importance weight on the gradient of
-    each response, "nothing" = it is right whoever drew them; without it ``training.rollouts_ahead`` is refused.
+    each response, "nothing" = it is right whoever drew them; without it ``training.rollouts_ahead`` is refused; ``first_look``,
+    what in its loss's metrics says once more how probable the policy's own rows are, so that log-probs of the draw may stand for a
+    forward pass: "ratio" (and kl/old; with ``off_policy`` "weights" it is understood) or "pairs" (logprob/chosen, logprob/rejected).
     """
 
     needs: tuple[str, ...]

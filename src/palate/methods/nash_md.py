@@ -67,6 +67,7 @@ class NashMD:
     reads = "prompts"
     group_size = 4
     drawn_by = ("policy", "mixture")
+    first_look = "ratio"
 
     def __post_init__(self) -> None:
         check_settings("nash_md", self)
@@ -91,9 +92,8 @@ class NashMD:
         logprobs, entropy = token_logprobs_and_entropy(models.policy, batch.tokens, temperature=self.temperature)
         loss = reinforce_loss(logprobs, batch.advantages, mask)
         ratio = probability_ratio(logprobs, batch.logprobs)
-        return {"loss": Mean.of(loss, mask.any(-1))} | policy_metrics(
-            batch, logprobs, entropy, ratio, torch.zeros_like(mask), mask
-        )
+        metrics = policy_metrics(batch, logprobs, entropy, ratio, torch.zeros_like(mask), mask)
+        return {"loss": Mean.of(loss, mask.any(-1))} | metrics
 
 
 METHOD = NashMD

@@ -54,6 +54,8 @@ class OnlineDPO:
     trains = ("policy",)
     reads = "prompts"
     group_size = 2
+    first_look = "pairs"
+    at_reference = DPO.at_reference  # every log-ratio is 0, whatever the labels
 
     def __post_init__(self) -> None:
         check_settings("online_dpo", self)
@@ -85,10 +87,6 @@ class OnlineDPO:
     def loss(self, models: Models, batch: Comparisons) -> dict[str, Mean]:
         """dpo's: the mean over prompts of the mean over their pairs."""
         return DPO(beta=self.beta).loss(models, batch)
-
-    def at_reference(self) -> dict[str, float]:
-        """While policy and reference are the same weights: every log-ratio is 0, whatever the labels."""
-        return DPO(beta=self.beta).at_reference()
 
 
 METHOD = OnlineDPO

@@ -70,6 +70,7 @@ class XPO:
     trains = ("policy",)
     reads = "prompts"
     drawn_by = ("policy", "reference")
+    at_reference = DPO.at_reference  # every log-ratio is 0, whatever the labels
 
     def __post_init__(self) -> None:
         check_settings("xpo", self)
@@ -108,10 +109,6 @@ class XPO:
             "loss/preference": Mean.of((loss - self.alpha * explored).detach(), weight),
             "logprob/reference_sample": Mean.of(explored.detach(), weight),
         } | pair_metrics(self.beta * log_ratio, logprobs, batch)
-
-    def at_reference(self) -> dict[str, float]:
-        """While policy and reference are the same weights: every log-ratio is 0, whatever the labels."""
-        return DPO(beta=self.beta).at_reference()
 
 
 METHOD = XPO

@@ -10,9 +10,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from palate.errors import ModelError
-from palate.types import Batch, Method, Tokens
+from palate.methods.dpo import pair_weight
+from palate.types import Batch, Comparisons, Mean, Method, Tokens
 
 FIRST_LOOK = {"float32": 1e-5, "bfloat16": 1e-2}  # nats: rounding of one forward against another in this type
+_TWO_PASSES = (
+    "The same weights give other log-probabilities in two passes: look for dropout, a stateful layer, or a numerically "
+    "unstable attention kernel. Where the first pass was the sampler's (training.old_logprobs), set "
+    "training.old_logprobs=trainer: kl/sampler then says how far it is off."
+)
 
 
 def check_first_look(metrics: dict[str, float], dtype: str) -> None:
@@ -27,10 +33,29 @@ def check_first_look(metrics: dict[str, float], dtype: str) -> None:
     if not (abs(metrics["ratio"] - 1) <= tolerance and metrics["kl/old"] <= tolerance):  # NaN is not within it
         raise ModelError(
             f"First look at fresh samples: probability ratio {metrics['ratio']:.6f}, kl/old {metrics['kl/old']:.2e}; "
-            f"expected 1 and 0 (within {tolerance:g}). The same weights give other log-probabilities in two passes: "
-            "look for dropout, a stateful layer, or a numerically unstable attention kernel. Where the first pass was the "
-            "sampler's (training.old_logprobs), set training.old_logprobs=trainer: kl/sampler then says how far it is off."
+            f"expected 1 and 0 (within {tolerance:g}). {_TWO_PASSES}"
         )
+
+
+def check_pairs_as_drawn(metrics: dict[str, float], part: Batch, dtype: str) -> None:
+    """The same of pairs, whose loss has no ratio: where log-probs of the draw were kept, those of the loss are their sums.
+
+    The mean over pairs of each side is compared, as a share of itself.
+
+    Raises:
+        ModelError: sampler and loss disagree about the same rows and weights.
+    """
+    kept = part.tokens.extras.get("policy_logprobs")
+    if not isinstance(part, Comparisons) or not isinstance(kept, Tensor):
+        return
+    drawn, weight, tolerance = kept.sum(-1), pair_weight(part), FIRST_LOOK.get(dtype, 1e-2)
+    for side, rows in (("chosen", part.chosen), ("rejected", part.rejected)):
+        found, wanted = Mean.of(drawn[rows], weight).item(), metrics[f"logprob/{side}"]
+        if not abs(found - wanted) <= tolerance * max(1.0, abs(wanted)):  # NaN is not within it
+            raise ModelError(
+                f"First look at fresh samples: logprob/{side} is {wanted:.6f} nats, and the sampler said {found:.6f} when it "
+                f"drew the same responses; expected the same (within {tolerance:g} of it). {_TWO_PASSES}"
+            )
 
 
 def check_same_reference(metrics: dict[str, float], dtype: str) -> None:

@@ -199,6 +199,7 @@ def _batch(
             this, norms = _accumulate(run, parameters, part, step, updates)
             if updates == 0 and epoch == 0:
                 guards.check_first_look(this, run.dtype)
+                guards.check_pairs_as_drawn(this, part, run.dtype)
                 if "policy_logprobs" in batch.tokens.extras and "kl/old" in this:  # the old log-probs are the sampler's
                     sums["kl/sampler"] = Mean(torch.tensor(this["kl/old"]), torch.tensor(1.0))
                 if step == 0 and run.starts_at_reference:

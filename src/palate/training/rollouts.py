@@ -37,7 +37,8 @@ class Rollout:
         reference: the frozen model, or ``AdapterOff(policy)``, where it draws.
         mixture: b, the reference's share, in [0, 1].
         engine: what samples, ``sampler.sample`` or another that is called like it.
-        keeps_logprobs: the log-probs of the draw are also ``extras["policy_logprobs"]``, and not computed again.
+        keeps_logprobs: the log-probs of the policy's draw are also ``extras["policy_logprobs"]``, and not computed again;
+            NaN in the rows of others.
     """
 
     policy: nn.Module
@@ -53,8 +54,10 @@ class Rollout:
     def __call__(self, items: Sequence[Item], *seed: int, progress: Callable[[int, int], None] | None = None) -> Tokens:
         """Responses to each prompt; the same seed numbers give the same samples, whoever draws beside."""
         parts = [self._drawn(who, items, (*seed, *DRAWERS[who]), progress) for who in self.drawn_by]
+        if self.keeps_logprobs:
+            parts = [_with_kept_logprobs(part, who) for who, part in zip(self.drawn_by, parts, strict=True)]
         if len(parts) == 1:
-            return _with_kept_logprobs(parts[0]) if self.keeps_logprobs else parts[0]
+            return parts[0]
         rows = reduce(joined, parts)
         group = torch.cat([part.group for part in parts])
         whose = [who for who, part in zip(self.drawn_by, parts, strict=True) for _ in range(len(part))]
@@ -98,5 +101,7 @@ class Rollout:
         ]
 
 
-def _with_kept_logprobs(tokens: Tokens) -> Tokens:
-    return replace(tokens, extras={**tokens.extras, "policy_logprobs": tokens.extras["sampler_logprobs"]})
+def _with_kept_logprobs(tokens: Tokens, who: str) -> Tokens:
+    drawn: Any = tokens.extras["sampler_logprobs"]
+    kept = drawn if who == "policy" else torch.full_like(drawn, torch.nan)
+    return replace(tokens, extras={**tokens.extras, "policy_logprobs": kept})

@@ -50,9 +50,9 @@ class TrainingSettings:
             (docs/asynchronous.md). Pays where there is a spare core; costs a copy of the trained weights.
         old_logprobs: log-probs of what was sampled, before the update. "trainer" = computed by the trainer, whatever sampled.
             "sampler" = those of the draw, which saves a forward pass of the policy; in float32, with the embedded sampler.
-            The first look at every batch then checks them, where the loss has a ratio; ``online_dpo`` has none and reads
-            them in its metrics alone, ``best_of_n`` does not read them. "auto" = "sampler" where the loss has a ratio and
-            both are the same arithmetic (a Llama-shaped model in float32 on a CPU, embedded sampler), else "trainer".
+            The first look at every batch then checks them, by the loss's ratio or, in ``online_dpo``, by what it says of
+            its pairs; refused where nothing would (``xpo``, ``trpo``, ``best_of_n``). "auto" = "sampler" where both are the same
+            arithmetic (a Llama-shaped model in float32 on a CPU, embedded sampler), else "trainer".
         importance: "sequence", a weight for each response, exact until it is cut; "token", one for each token, for long
             responses whose weights vary too much. Refused without ``rollouts_ahead``.
         importance_max: a larger weight is cut to this; >= 1, usually 2. Refused without ``rollouts_ahead``.
