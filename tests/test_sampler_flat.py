@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from palate.generation import voices
 from palate.generation.bunch import Bunch, Shape
 from palate.generation.flat import FlatSteps
-from palate.generation.flat_weights import weights_of
+from palate.generation.flat_weights import serves, weights_of
 from palate.models.forward import token_logprobs
 from palate.models.precision import use_working_copies
 from palate.models.roles import AdapterOff
@@ -108,7 +108,6 @@ def test_in_bf16_logprobs_are_as_near_the_trainers_as_those_of_the_models_own_mo
         model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).eval()  # type: ignore[arg-type]
     use_working_copies(model)
     weights = weights_of(model, 4, 96)
-    assert weights is not None
     assert (weights.head.dtype, weights.layers[0].down.dtype) == ((BF16, BF16) if way == "bf16 units" else (F32, F32))
     options = {"samples_per_prompt": 8, "stop_token_ids": []}
     plain = distance(model, plainly(monkeypatch, model, **options))
@@ -149,8 +148,38 @@ def test_hooks_and_other_logits_run_through_their_own_modules(flat_steps: list[A
 
 def test_rotary_angles_that_grow_with_the_row_are_left_to_the_model() -> None:
     config = LlamaConfig(**_SMALL, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
-    assert weights_of(AutoModelForCausalLM.from_config(config), 4, 96) is None
-    assert weights_of(build("llama"), 4, 96) is not None
+    assert not serves(AutoModelForCausalLM.from_config(config))
+    assert serves(build("llama"))
+
+
+def test_to_ask_whether_it_serves_copies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a packed weight nor a low-rank update multiplied out."""
+    policy = get_peft_model(build("llama_gqa"), LoraConfig(r=4, target_modules="all-linear"))  # type: ignore[arg-type]
+    made: list[Any] = []
+    monkeypatch.setattr("palate.generation.flat_weights.Packed", lambda *given, **more: made.append(given))
+    monkeypatch.setattr("peft.tuners.lora.Linear.get_delta_weight", lambda *given: made.append(given))
+    assert serves(policy) and serves(policy.get_base_model()) and not made
+
+
+@pytest.mark.parametrize("change", ["half", "base", "adapter", "merged", "dora", "bias", "too many"])
+def test_what_it_does_not_serve(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"dora": {"use_dora": True}, "bias": {"lora_bias": True}}.get(change, {})
+    policy = get_peft_model(build("llama_gqa"), LoraConfig(r=4, target_modules="all-linear", **more))  # type: ignore[arg-type]
+    if change == "half":
+        policy = build("llama_gqa").half()
+    elif change in ("base", "adapter"):
+        name = {"base": "base_layer", "adapter": "lora_A"}[change]
+        for key, parameter in policy.named_parameters():
+            parameter.data = parameter.data.half() if name in key else parameter.data
+    elif change == "merged":
+        policy.merge_adapter()
+    elif change == "too many":
+        size = sum(p.numel() for p in policy.get_base_model().parameters())
+        monkeypatch.setattr("palate.generation.flat_weights.MOST_WEIGHTS", size // 2)
+    assert not serves(policy)
+    if change in ("adapter", "dora", "bias"):  # switched off, what is wrong with it does not matter
+        with policy.disable_adapter():
+            assert serves(policy)
 
 
 def test_an_adapter_is_added_and_switched_off(monkeypatch: pytest.MonkeyPatch, flat_steps: list[Any]) -> None:

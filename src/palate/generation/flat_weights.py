@@ -7,8 +7,8 @@
 A bf16 model's are bf16 where the processor has units for that, and only their products are; else, and with an adapter in
 float32, they are widened.
 
-The copies are made anew for every sampling, for weights change between two. ``None`` says that the model is of another
-build, device or dtype.
+The copies are made anew for every sampling, for weights change between two. ``serves`` says whether the model is of the
+build, device and dtype for it, without a copy of anything.
 """
 
 from __future__ import annotations
@@ -48,31 +48,36 @@ class Weights(NamedTuple):
     turns: Tensor  # complex [positions, 1, D/2]
 
 
-def weights_of(model: nn.Module, rows: int, positions: int) -> Weights | None:
-    """A model's weights as they are now, adapters as they are switched now.
+def serves(model: nn.Module) -> bool:
+    """Can the flat step run the model, adapters as they are switched now?"""
+    core = _core(model)
+    if not (available() and hasattr(core, "base_model") and trunk.supported(core) and _is_plain(core)):
+        return False
+    base, head = core.base_model, core.get_output_embeddings()
+    if type(base.embed_tokens) is not nn.Embedding or type(head) is not nn.Linear:
+        return False
+    linears = [module for layer in base.layers for module in _linears(layer)]
+    if not all(_is_linear(module) for module in linears):
+        return False
+    tensors = [tensor for module in (*linears, head, base.embed_tokens) for tensor in _read(module)]
+    if any(t.dtype not in (torch.float32, torch.bfloat16) or t.device.type != "cpu" for t in tensors):
+        return False
+    whole = [getattr(module, "base_layer", module) for module in (*linears, head, base.embed_tokens)]
+    return sum(tensor.numel() for module in whole for tensor in _read(module)) <= MOST_WEIGHTS
+
+
+def weights_of(model: nn.Module, rows: int, positions: int) -> Weights:
+    """The weights, as they are now, of a model that the flat step ``serves``.
 
     Args:
         rows: that are decoded at once, about.
         positions: tokens of the longest row.
     """
-    core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    if not (available() and hasattr(core, "base_model") and trunk.supported(core) and _is_plain(core)):
-        return None
+    core = _core(model)
     base, head = core.base_model, core.get_output_embeddings()
-    if type(base.embed_tokens) is not nn.Embedding or type(head) is not nn.Linear:
-        return None
-    linears: list[list[Any]] = [
-        [_linear(getattr(block, name)) for block, name in _names(layer)] for layer in base.layers
-    ]
-    parts = [part for layer in linears for part in layer] + [(head.weight, head.bias)]
-    if any(part is None for part in parts):
-        return None
-    tensors = [tensor for part in parts if part for tensor in part if tensor is not None] + [base.embed_tokens.weight]
-    dtypes = {tensor.dtype for tensor in tensors}
-    if not dtypes <= {torch.float32, torch.bfloat16} or {t.device.type for t in tensors} != {"cpu"}:
-        return None
-    if sum(tensor.numel() for tensor in tensors) > MOST_WEIGHTS:
-        return None
+    linears = [[_linear(module) for module in _linears(layer)] for layer in base.layers]
+    tensors = [tensor for layer in linears for part in layer for tensor in part if tensor is not None]
+    dtypes = {tensor.dtype for tensor in (*tensors, *_read(head), base.embed_tokens.weight)}
     dtype = torch.bfloat16 if dtypes == {torch.bfloat16} and has_bf16_units() else torch.float32
     attention = base.layers[0].self_attn
     size = attention.head_dim
@@ -91,6 +96,10 @@ def weights_of(model: nn.Module, rows: int, positions: int) -> Weights | None:
     )
 
 
+def _core(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _is_plain(core: Any) -> bool:
     """Nothing hangs on a module that its weights do not show, and no norm is inside the attention."""
     attention = core.base_model.layers[0].self_attn
@@ -99,26 +108,44 @@ def _is_plain(core: Any) -> bool:
     )
 
 
-def _names(layer: Any) -> list[tuple[Any, str]]:
-    attention = [(layer.self_attn, f"{name}_proj") for name in "qkvo"]
-    return attention + [(layer.mlp, f"{name}_proj") for name in ("gate", "up", "down")]
+def _linears(layer: Any) -> list[Any]:
+    attention = [getattr(layer.self_attn, f"{name}_proj") for name in "qkvo"]
+    return attention + [getattr(layer.mlp, f"{name}_proj") for name in ("gate", "up", "down")]
 
 
-def _linear(module: Any) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a linear layer, with its LoRA updates; None when it is anything else."""
+def _is_linear(module: Any) -> bool:
+    """Is it a linear layer, or one with LoRA updates that add up to its weight?"""
     if type(module) is nn.Linear:
-        return module.weight.detach(), module.bias
-    base = getattr(module, "base_layer", None)
-    if type(base) is not nn.Linear or not hasattr(module, "get_delta_weight") or not hasattr(module, "lora_A"):
-        return None
-    if module.merged:
-        return None
-    if module.disable_adapters:
+        return True
+    if type(getattr(module, "base_layer", None)) is not nn.Linear or not hasattr(module, "get_delta_weight"):
+        return False
+    if not hasattr(module, "lora_A") or module.merged:
+        return False
+    return not any(
+        module.lora_variant.get(name) or getattr(module.lora_B[name], "bias", None) is not None
+        for name in _active(module)
+    )
+
+
+def _active(module: Any) -> list[str]:
+    """The adapters that a LoRA layer adds now."""
+    return [] if module.disable_adapters else [name for name in module.active_adapters if name in module.lora_A]
+
+
+def _read(module: Any) -> list[Tensor]:
+    """The parameters that a linear layer or an embedding is made of now."""
+    if not hasattr(module, "base_layer"):
+        return list(module.parameters())
+    updates = [part[name].weight for name in _active(module) for part in (module.lora_A, module.lora_B)]
+    return [*module.base_layer.parameters(), *updates]
+
+
+def _linear(module: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear layer, with its LoRA updates."""
+    base = getattr(module, "base_layer", module)
+    if base is module or not _active(module):
         return base.weight.detach(), base.bias
-    active = [name for name in module.active_adapters if name in module.lora_A]
-    if any(module.lora_variant.get(name) or getattr(module.lora_B[name], "bias", None) is not None for name in active):
-        return None
-    return base.weight.detach() + sum(module.get_delta_weight(name) for name in active), base.bias
+    return base.weight.detach() + sum(module.get_delta_weight(name) for name in _active(module)), base.bias
 
 
 def _layer(layer: Any, parts: list[Any], rows: int, dtype: torch.dtype) -> Layer:

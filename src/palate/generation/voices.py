@@ -96,13 +96,15 @@ _agreed: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models whose flat way
 
 def _flat_steps(voices: Sequence[Voice], rows: int, positions: int) -> list[Steps] | None:
     from palate.generation.flat import FEWEST_POSITIONS, FlatSteps, agrees
-    from palate.generation.flat_weights import weights_of
+    from palate.generation.flat_weights import serves, weights_of
 
     steps: list[Steps] = []
     for voice in voices:
         with voice.context():
+            if not serves(voice.model):
+                return None
             weights = weights_of(voice.model, rows, max(positions, FEWEST_POSITIONS))
-            if weights is None or not (voice.model in _agreed or agrees(voice.model, weights)):
+            if not (voice.model in _agreed or agrees(voice.model, weights)):
                 return None
         _agreed.add(voice.model)
         steps.append(FlatSteps(weights))

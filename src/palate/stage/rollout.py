@@ -9,7 +9,7 @@ from torch import nn
 from palate.config import RunConfig
 from palate.data.chat import Chat
 from palate.environment import find_environment
-from palate.generation.flat_weights import weights_of
+from palate.generation.flat_weights import serves
 from palate.resolve import may_keep_logprobs
 from palate.training.environments import Conversations
 from palate.training.rollouts import Rollout
@@ -44,5 +44,5 @@ def keeps_logprobs(config: RunConfig, policy: nn.Module) -> bool:
     By itself only where both ways are our own arithmetic on the same tokens: the flat step and the flat trunk.
     """
     if config.training.old_logprobs == "auto":
-        return may_keep_logprobs(config) and weights_of(policy, rows=1, positions=1) is not None
+        return may_keep_logprobs(config) and serves(policy)
     return config.training.old_logprobs == "sampler"
