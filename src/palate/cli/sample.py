@@ -15,6 +15,12 @@ from palate.errors import ConfigError
 if TYPE_CHECKING:
     from palate.texts.candidates import Plan
 
+Different = Annotated[
+    int | None, typer.Option("--k", min=1, max=9, help="Different responses for each prompt, to be judged.")
+]
+IntoStore = Annotated[Path | None, typer.Option("--store", help="With --k: put them into this store of feedback.")]
+Task = Annotated[str | None, typer.Option("--task", "-t", help="Of a store that is made: YAML file or template.")]
+
 
 def sample(
     model: Annotated[list[str], typer.Option("--model", "-m", help="Folder or hub name; with --k may be repeated.")],
@@ -22,15 +28,9 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="A prompt; may be repeated.")] = None,
     out: Out = "-",
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Responses for each prompt.")] = 1,
-    k: Annotated[
-        int | None, typer.Option("--k", min=1, max=9, help="Different responses for each prompt, to be judged.")
-    ] = None,
-    store: Annotated[
-        Path | None, typer.Option("--store", help="With --k: put them into this store of feedback.")
-    ] = None,
-    task: Annotated[
-        str | None, typer.Option("--task", "-t", help="Of a store that is made: YAML file or template.")
-    ] = None,
+    k: Different = None,
+    store: IntoStore = None,
+    task: Task = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     min_new_tokens: Annotated[int, typer.Option(min=0)] = 0,
     temperature: Annotated[str, typer.Option(help="0 = greedy. With --k several: 0.7,1.0.")] = "1.0",
