@@ -257,7 +257,7 @@ def test_explain_speaks_as_a_settings_file_does() -> None:
 
 
 def test_explain_takes_a_module_of_ones_own(here: Path) -> None:
-    source = Path(sys.modules["palate.cli"].__file__ or "").parent / "methods" / "sft.py"
+    source = Path(sys.modules["palate"].__file__ or "").parent / "methods" / "sft.py"
     Path("my_method_package").mkdir()
     Path("my_method_package/__init__.py").write_text("")
     Path("my_method_package/mine.py").write_text(source.read_text())

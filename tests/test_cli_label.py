@@ -143,7 +143,7 @@ def test_the_store_works_without_the_server_s_packages() -> None:
 
     program = (
         "import sys; sys.modules.update(dict.fromkeys(['fastapi', 'uvicorn', 'nh3', 'markdown_it', 'PIL', 'httpx2', 'torch']))\n"
-        "import palate.cli_label, palate.feedback.export, palate.feedback.queue, palate.feedback.people, palate.feedback.summary"
+        "import palate.cli.label, palate.feedback.export, palate.feedback.queue, palate.feedback.people, palate.feedback.summary"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -153,9 +153,9 @@ def test_the_server_s_socket_is_one_that_asyncio_sends_from_at_once() -> None:
     """asyncio sets TCP_NODELAY where a socket's protocol is named; without it each answer took 40 ms more."""
     import socket
 
-    from palate.cli_label import _listen
+    from palate.cli.label.serving import listen
 
-    with _listen(socket, "127.0.0.1", 0) as listening:
+    with listen("127.0.0.1", 0) as listening:
         assert listening.proto == socket.IPPROTO_TCP
 
 

@@ -37,11 +37,6 @@ FLOOR = {
     ),
     **dict.fromkeys(("stage", "texts", "console", "pipelines", "api"), 5),
     "cli": 6,
-    "cli_arena": 6,
-    "cli_label": 6,
-    "cli_feedback": 6,
-    "cli_sweep": 6,
-    "cli_soup": 6,
     "__main__": 6,
     "server": 6,
 }

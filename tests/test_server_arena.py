@@ -345,10 +345,10 @@ import sys
 from arena_models import Parrot
 from palate.feedback.store import Store
 from palate.server.arena import Arena
-from palate import cli_label
+from palate.cli.label.serving import Serving, run_server
 store = Store.open(sys.argv[1])
 arena = Arena(store, [Parrot("alpha", pause=0.02), Parrot("beta", pause=0.02)])
-cli_label.run_server(store, "127.0.0.1", int(sys.argv[2]), None, None, 1000.0, True, arena=arena)
+run_server(store, Serving("127.0.0.1", int(sys.argv[2]), None, None, 1000.0, True), arena=arena)
 """
 
 

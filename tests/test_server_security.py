@@ -535,20 +535,20 @@ def test_a_picture_that_explodes_is_refused() -> None:
 
 
 def test_a_token_file_that_others_can_read_is_refused(tmp_path) -> None:
-    from palate.cli_label import _take_tokens
+    from palate.cli.label.tokens import take_tokens
 
     store = store_in(tmp_path)
     path = tmp_path / "tokens"
     path.write_text("zoe annotator " + "0123456789abcdef" * 4 + "\n")
     path.chmod(0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
-        _take_tokens(store, path)
+        take_tokens(store, path)
     path.chmod(0o600)
-    _take_tokens(store, path)
+    take_tokens(store, path)
     assert client(store).post("/api/login", json={"token": "0123456789abcdef" * 4}).status_code == 200
     path.write_text("yan annotator 1234\n")
     with pytest.raises(FeedbackError, match="guessed"):
-        _take_tokens(store, path)
+        take_tokens(store, path)
 
 
 def test_nothing_of_a_missing_setting_becomes_a_default_secret(tmp_path) -> None:

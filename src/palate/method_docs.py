@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 _SECTION = re.compile(r"^(Args|Arguments|Attributes|Settings|Fields|Parameters):\s*$")
-_OTHER_SECTION = re.compile(r"^(Returns|Raises|Yields|Examples?|Notes?|Sources?|Roles|Data)\b.*:\s*")
 # What a description says of a field, besides its meaning.
 _CHOSEN = re.compile(r"\b(chosen by [^;.]+) unless set\b")  # the default in the code is only a place holder
 _STATE = "part of the run's state"  # kept with the settings, set by nobody

@@ -74,7 +74,7 @@ def choose(tx: Transaction, task: Task, annotator: str, rng: Random, now: float)
     return by_need[0], "task", None
 
 
-def why_nothing(tx: Transaction, task: Task, now: float) -> str:
+def why_nothing(tx: Transaction, now: float) -> str:
     """Why there is nothing for somebody."""
     items = tx.one("SELECT count(*) FROM item WHERE kind = 'task'")[0]
     if not items:

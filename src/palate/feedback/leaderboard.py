@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from statistics import NormalDist
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,9 @@ from palate.feedback.tables import canonical_json
 Floats = NDArray[np.float64]
 PRIOR_SD = 3.0  # logits
 POINTS = 400 / np.log(10)  # Elo's points of a logit
-OUTCOMES = ("left", "right", "tie")
+Outcome = Literal["left", "right", "tie"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+Cell = tuple[str, str, Outcome]  # left, right
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Battle:
 
     left: str
     right: str
-    outcome: Literal["left", "right", "tie"]
+    outcome: Outcome
     cluster: str
 
 
@@ -118,7 +120,7 @@ def battles_of(conversations: Iterable[Conversation], *, by: Literal["conversati
         cluster = each.id if by == "conversation" else each.annotator
         for turn in each.current:
             if turn.vote is not None:
-                outcome: Literal["left", "right", "tie"] = turn.vote if turn.vote in ("left", "right") else "tie"  # type: ignore[assignment]
+                outcome: Outcome = turn.vote if turn.vote in ("left", "right") else "tie"  # type: ignore[assignment]
                 found.append(Battle(left, right, outcome, cluster))
     return found
 
@@ -140,7 +142,49 @@ def leaderboard(
         )
     names = sorted({name for each in battles for name in (each.left, each.right)})
     _check_connected(names, battles)
-    number = {name: i for i, name in enumerate(names)}
+    cells, counts = _counted(battles)
+    numbered = [(names.index(left), names.index(right), outcome) for left, right, outcome in cells]
+    fitted = _fitted(_design(numbered, len(names)), counts, resamples, seed)
+    surely = _separated(fitted, len(names), confidence)
+    standings = [_standing(i, names, battles, fitted, surely, confidence) for i in range(len(names))]
+    bias, tie = fitted.mode[-2], fitted.mode[-1]
+    return Leaderboard(
+        tuple(sorted(standings, key=lambda each: (-each.score, each.name))),
+        tuple(sorted((names[i], names[j]) for i, j in surely)),
+        float(1 / (1 + np.exp(-bias))),
+        float(np.exp(tie) / (2 + np.exp(tie))),
+        len(battles),
+        len(counts),
+        confidence,
+    )
+
+
+def _standing(
+    i: int,
+    names: Sequence[str],
+    battles: Sequence[Battle],
+    fitted: _Fitted,
+    surely: Sequence[tuple[int, int]],
+    confidence: float,
+) -> Standing:
+    """Model ``i`` in the table."""
+    contrast = np.zeros(len(fitted.mode))
+    contrast[: len(names)] = -1 / len(names)
+    contrast[i] += 1
+    low, high = fitted.interval(contrast, confidence)
+    score = fitted.mode[i] - fitted.mode[: len(names)].mean()
+    points = [1000 + POINTS * float(x) for x in (score, low, high)]
+    name = names[i]
+    mine = [(each.left == name, each.outcome) for each in battles if name in (each.left, each.right)]
+    wins = sum(outcome == ("left" if left else "right") for left, outcome in mine)
+    ties = sum(outcome == "tie" for _, outcome in mine)
+    best = 1 + sum(worse == i for _, worse in surely)
+    worst = len(names) - sum(better == i for better, _ in surely)
+    return Standing(name, points[0], points[1], points[2], wins, ties, len(mine) - wins - ties, best, worst)
+
+
+def _counted(battles: Sequence[Battle]) -> tuple[list[Cell], Floats]:
+    """What happened, and how often in each cluster, [clusters, cells]."""
     cells = sorted({(each.left, each.right, each.outcome) for each in battles})
     place = {cell: i for i, cell in enumerate(cells)}
     by_cluster: dict[str, Counter[int]] = {}
@@ -148,49 +192,7 @@ def leaderboard(
         by_cluster.setdefault(each.cluster, Counter())[place[each.left, each.right, each.outcome]] += 1
     # by what they hold, not by when they came or what they are called
     rows = sorted(by_cluster.values(), key=lambda row: canonical_json(sorted(row.items())))
-    counts = np.zeros((len(rows), len(cells)))
-    for i, row in enumerate(rows):
-        for cell, count in row.items():
-            counts[i, cell] = count
-    design = _design([(number[left], number[right], outcome) for left, right, outcome in cells], len(names))
-    mode, covariance = _fit(design, counts.sum(0))
-    rng = np.random.default_rng(seed)
-    drawn = np.stack(
-        [_fit(design, counts[rng.integers(len(rows), size=len(rows))].sum(0), start=mode)[0] for _ in range(resamples)]
-    )
-    scores = mode[: len(names)] - mode[: len(names)].mean()
-    pairs = list(combinations(range(len(names)), 2))
-    surely: list[tuple[int, int]] = []
-    for i, j in pairs:
-        contrast = np.zeros(len(mode))
-        contrast[i], contrast[j] = 1, -1
-        low, high = _interval(contrast, mode, covariance, drawn, 1 - (1 - confidence) / len(pairs))
-        if low > 0 or high < 0:
-            surely.append((i, j) if low > 0 else (j, i))
-    standings = []
-    for i, name in enumerate(names):
-        contrast = np.zeros(len(mode))
-        contrast[: len(names)] = -1 / len(names)
-        contrast[i] += 1
-        low, high = _interval(contrast, mode, covariance, drawn, confidence)
-        mine = [(each.left == name, each.outcome) for each in battles if name in (each.left, each.right)]
-        wins = sum(outcome == ("left" if left else "right") for left, outcome in mine)
-        ties = sum(outcome == "tie" for _, outcome in mine)
-        points = [1000 + POINTS * float(x) for x in (scores[i], low, high)]
-        best = 1 + sum(worse == i for _, worse in surely)
-        worst = len(names) - sum(better == i for better, _ in surely)
-        losses = len(mine) - wins - ties
-        standings.append(Standing(name, points[0], points[1], points[2], wins, ties, losses, best, worst))
-    bias, tie = mode[-2], mode[-1]
-    return Leaderboard(
-        tuple(sorted(standings, key=lambda each: (-each.score, each.name))),
-        tuple(sorted((names[i], names[j]) for i, j in surely)),
-        float(1 / (1 + np.exp(-bias))),
-        float(np.exp(tie) / (2 + np.exp(tie))),
-        len(battles),
-        len(rows),
-        confidence,
-    )
+    return cells, np.array([[row[cell] for cell in range(len(cells))] for row in rows], dtype=np.float64)
 
 
 def _design(cells: Sequence[tuple[int, int, str]], models: int) -> Floats:
@@ -202,6 +204,43 @@ def _design(cells: Sequence[tuple[int, int, str]], models: int) -> Floats:
         found[row, 2, -1] = 1
         found[row, 3] = found[row, OUTCOMES.index(outcome)]
     return found
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """theta = (s of each model, b, t): its mode, the inverse of the curvature there, and draws of a bootstrap."""
+
+    mode: Floats
+    covariance: Floats
+    drawn: Floats
+
+    def interval(self, contrast: Floats, confidence: float) -> tuple[float, float]:
+        """Of contrast . theta: the bootstrap's, or the normal approximation's where that is wider."""
+        at = float(contrast @ self.mode)
+        half = NormalDist().inv_cdf(0.5 + confidence / 2) * float(np.sqrt(contrast @ self.covariance @ contrast))
+        low, high = np.quantile(self.drawn @ contrast, [0.5 - confidence / 2, 0.5 + confidence / 2])
+        return min(at - half, float(low)), max(at + half, float(high))
+
+
+def _fitted(design: Floats, counts: Floats, resamples: int, seed: int) -> _Fitted:
+    """Whole clusters are drawn anew in each of the resamples."""
+    mode, covariance = _fit(design, counts.sum(0))
+    rng, clusters = np.random.default_rng(seed), len(counts)
+    again = (counts[rng.integers(clusters, size=clusters)].sum(0) for _ in range(resamples))
+    return _Fitted(mode, covariance, np.stack([_fit(design, each, start=mode)[0] for each in again]))
+
+
+def _separated(fitted: _Fitted, models: int, confidence: float) -> list[tuple[int, int]]:
+    """(better, worse) of every pair whose difference is clear of zero, at a level that holds for all pairs at once."""
+    pairs = list(combinations(range(models), 2))
+    surely: list[tuple[int, int]] = []
+    for i, j in pairs:
+        contrast = np.zeros(len(fitted.mode))
+        contrast[i], contrast[j] = 1, -1
+        low, high = fitted.interval(contrast, 1 - (1 - confidence) / len(pairs))
+        if low > 0 or high < 0:
+            surely.append((i, j) if low > 0 else (j, i))
+    return surely
 
 
 def _fit(design: Floats, counts: Floats, start: Floats | None = None) -> tuple[Floats, Floats]:
@@ -233,16 +272,6 @@ def _fit(design: Floats, counts: Floats, start: Floats | None = None) -> tuple[F
         if np.abs(step).max() < 1e-9:
             break
     return theta, np.linalg.inv(curvature)
-
-
-def _interval(
-    contrast: Floats, mode: Floats, covariance: Floats, drawn: Floats, confidence: float
-) -> tuple[float, float]:
-    """Of contrast . theta: the bootstrap's, or the normal approximation's where that is wider."""
-    at = float(contrast @ mode)
-    half = NormalDist().inv_cdf(0.5 + confidence / 2) * float(np.sqrt(contrast @ covariance @ contrast))
-    low, high = np.quantile(drawn @ contrast, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return min(at - half, float(low)), max(at + half, float(high))
 
 
 def _check_connected(names: Sequence[str], battles: Sequence[Battle]) -> None:

@@ -157,8 +157,7 @@ def _judged(where: str | Path, given: list[Answer], task: Task, kind: str, label
 def _each(given: list[Answer], task: Task) -> Made:
     """Every annotator's own: a ranking stays one record, so that its pairs share one weight."""
     asked = views._asked(task, views.ORDERING, None)
-    made = views.comparisons(given, task) if asked.type == "compare" else views.rankings(given, task)
-    return made
+    return views.comparisons(given, task) if asked.type == "compare" else views.rankings(given, task)
 
 
 def _makers() -> dict[str, Callable[[list[Answer], Task], Made]]:

@@ -92,7 +92,7 @@ def next_item(store: Store, annotator: str, *, now: float | None = None) -> Pres
         rng = generator(tx, task, annotator)
         item, purpose, repeated = choose(tx, task, annotator, rng, now)
         if item is None:
-            return Nothing(why_nothing(tx, task, now))
+            return Nothing(why_nothing(tx, now))
         shown = order(tx, item, repeated, rng)
         return _present(tx, task, annotator, item, purpose, shown, repeated, now, until)
 
@@ -142,9 +142,7 @@ def answer(
         return Receipt(event, fits)
 
 
-def skip(
-    store: Store, annotator: str, key: str, presentation: str, reason: str = "", *, now: float | None = None
-) -> Event:
+def skip(store: Store, annotator: str, key: str, presentation: str, reason: str = "") -> Event:
     """Leave an item to others. It is not done, and it does not come again.
 
     Raises:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from palate.errors import ConfigError, ModelError
+from palate.models.files import file_of
 from palate.models.heads import HEAD_NAMES, base_of
 from palate.models.quiet import first_line
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SCORE_FILE = "score.json"  # an adapter folder has no config.json: the normalisation stands here
 
 
@@ -108,26 +109,13 @@ def adapter_config(where: str) -> dict[str, Any] | None:
     return json.loads(Path(path).read_text("utf-8")) if path else None
 
 
-def adapter_file(where: str, name: str) -> Path | None:
-    """A file of an adapter folder or hub name, or None when it has none of that name."""
-    from transformers.utils import cached_file
-
-    if Path(where).is_dir():
-        return Path(where, name) if Path(where, name).is_file() else None
-    try:
-        path = cached_file(where, name)
-    except OSError:
-        return None
-    return Path(path) if path else None
-
-
 def adapter_has_head(where: str) -> bool:
     """Does the adapter bring a scalar head of its own?"""
     from safetensors import safe_open
 
-    path = adapter_file(where, "adapter_model.safetensors")
+    path = file_of(where, ADAPTER_WEIGHTS)
     if path is None:
-        raise ModelError(f"{where}: an {ADAPTER_CONFIG} but no adapter_model.safetensors. Save the adapter again.")
+        raise ModelError(f"{where}: an {ADAPTER_CONFIG} but no {ADAPTER_WEIGHTS}. Save the adapter again.")
     with safe_open(path, framework="pt") as file:
         return any(part in HEAD_NAMES for key in list(file.keys()) for part in key.split("."))
 

@@ -6,34 +6,26 @@ from left to right, vocabulary as large as the tokenizer's, dropout 0, a scalar 
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from palate.errors import ConfigError, ModelError
+from palate.errors import ModelError
 from palate.models import adapters
 from palate.models.adapters import LoraSettings
-from palate.models.attention import needed_attention
-from palate.models.checks import (
-    check_left_to_right,
-    check_reads_last_token,
-    check_tokenizer,
-    check_weights,
-    refuse_missing,
-    same_vocabulary,
-)
-from palate.models.dropout import without_dropout, without_dropout_config
-from palate.models.heads import HEAD_NAMES, base_of, new_score_head, normalisation, scalar_head
+from palate.models.checks import check_left_to_right, check_tokenizer, check_weights, refuse_missing, same_vocabulary
+from palate.models.devices import device_of
+from palate.models.dropout import without_dropout
+from palate.models.heads import base_of, normalisation
+from palate.models.places import adapter_base, config_of, is_classifier, place_of
 from palate.models.precision import use_working_copies
-from palate.models.quiet import did_you_mean, first_line, quiet
+from palate.models.pretrained import pretrained, read_score_file, scalar_from_folder
 from palate.models.save import save_model
 from palate.models.scratch import new_policy
 from palate.models.sharing import stand_on
+from palate.models.tokenizer import load_tokenizer
 
 __all__ = [
     "LoraSettings",
@@ -45,46 +37,6 @@ __all__ = [
     "same_vocabulary",
     "save_model",
 ]
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-CLASS_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
-
-
-def load_tokenizer(where: str | Path) -> Any:
-    """The tokenizer of a folder or hub name; of an adapter folder without one, its base's.
-
-    A missing pad token, or one that equals the end of text, is fine: no mask is ever made from token values.
-
-    Raises:
-        ModelError: no tokenizer there, or one that cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    place = _place(where)
-    if Path(place).is_dir() and not any(Path(place, name).exists() for name in TOKENIZER_FILES):
-        adapter = adapters.adapter_config(place)
-        if adapter and adapter.get("base_model_name_or_path"):
-            return load_tokenizer(adapter["base_model_name_or_path"])
-        _refuse_run_folder(place)
-        raise ModelError(
-            f"{where}: no tokenizer in this folder (looked for {', '.join(TOKENIZER_FILES)}). Found: {_listing(place)}. "
-            "Save the tokenizer that the model was trained with into it: tokenizer.save_pretrained(folder)."
-        )
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        names_no_class = Path(place).is_dir() and not any(Path(place, name).exists() for name in CLASS_FILES)
-        advice = (
-            f" None of {', '.join(CLASS_FILES)} is there to say of which class it is. Load it with its class and save it whole, "
-            "for GPT-2: transformers.GPT2Tokenizer.from_pretrained(folder).save_pretrained(folder)."
-            if names_no_class
-            else _hub_hint(place)
-        )
-        raise ModelError(f"{where}: its tokenizer cannot be loaded. {first_line(error)}{advice}") from error
-    if not tokenizer.get_vocab():
-        raise ModelError(f"{where}: its tokenizer has no tokens. Save the model's tokenizer into the folder again.")
-    return tokenizer
 
 
 def load_policy(
@@ -123,16 +75,16 @@ def load_policy(
             base than the trunk's.
         ConfigError: a dtype, device or LoRA setting that does not exist.
     """
-    place = _place(where)
+    place = place_of(where)
     adapter = adapters.adapter_config(place)
-    base = _adapter_base(place, adapter) if adapter else place
-    config = _config(base)
-    if _is_classifier(config):
+    base = adapter_base(place, adapter) if adapter else place
+    config = config_of(base)
+    if is_classifier(config.architectures):
         raise ModelError(
             f"{where}: this is a {config.architectures[0]} (a reward model or classifier), not a language model. Give the "
             "folder of a language model as policy, and this one as reward."
         )
-    model, missing = _pretrained("AutoModelForCausalLM", base, config, dtype, keep_dropout)
+    model, missing = pretrained("AutoModelForCausalLM", base, config, dtype, keep_dropout)
     refuse_missing(where, missing)
     check_tokenizer(model, tokenizer or load_tokenizer(where), where)
     if adapter:
@@ -171,122 +123,27 @@ def load_scalar(
         ModelError: several labels, no score head where one should be, an encoder (reads its first token), and what
             ``load_policy`` raises.
     """
-    place = _place(where)
+    place = place_of(where)
     adapter = adapters.adapter_config(place)
-    base = _adapter_base(place, adapter) if adapter else place
+    base = adapter_base(place, adapter) if adapter else place
     may_draw = new_head or (adapter is not None and adapters.adapter_has_head(place))
-    model = _scalar_from_folder(
+    model = scalar_from_folder(
         base, dtype, keep_dropout, seed, where=where, may_lack_head=adapter is not None, may_draw=may_draw
     )
     check_tokenizer(model, tokenizer or load_tokenizer(where), where)
     if adapter:
         own_head = adapters.adapter_has_head(place)
-        if adapter.get("task_type") == "SEQ_CLS" and not own_head and not _is_classifier(_config(base)):
+        if adapter.get("task_type") == "SEQ_CLS" and not own_head and not is_classifier(config_of(base).architectures):
             raise ModelError(
                 f"{where}: this adapter of a classifier was saved without its score head, and its base {base} has none. "
                 'The trained head is lost; train again with modules_to_save=["score"] (load_scalar does so).'
             )
         model = adapters.attach_adapter(model, place, trainable=trainable, scalar=True)
-        _read_score_file(model, place)
+        read_score_file(model, place)
         model = model if own_head and not lora else adapters.merge_adapter(model)
     normalisation(model)  # raises on nonsense
     model = _placed(model, where, device, trunk, trained_whole=trainable and lora is None)
     return _ready(model, lora, trainable=trainable, seed=seed, keep_dropout=keep_dropout, scalar=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _place(where: str | Path) -> str:
-    """An absolute folder, or a hub name as it is."""
-    path = Path(where).expanduser()
-    if path.is_dir():
-        return str(path.resolve())
-    if path.is_file():
-        raise ModelError(f"{where}: this is a file; the folder of a model was expected: {path.parent}")
-    text = str(where)
-    if text.startswith(("/", ".", "~")) or text.count("/") > 1 or not text:
-        raise ModelError(f"{where}: there is no such folder. Expected: a model folder or a hub name (owner/name).")
-    return text
-
-
-def _adapter_base(place: str, adapter: Mapping[str, Any]) -> str:
-    base = adapter.get("base_model_name_or_path") or ""
-    if not base:
-        raise ModelError(
-            f'{place}: its {adapters.ADAPTER_CONFIG} names no base model. Write the base\'s folder into "base_model_name_or_path".'
-        )
-    try:
-        return _place(base)
-    except ModelError as error:
-        raise ModelError(
-            f"{place}: the base of this adapter, {base}, is not there. If it was moved, write its new place into "
-            f'"base_model_name_or_path" of {adapters.ADAPTER_CONFIG}.'
-        ) from error
-
-
-def _config(place: str) -> Any:
-    from transformers import AutoConfig
-
-    folder = Path(place)
-    if folder.is_dir() and not (folder / "config.json").exists():
-        _refuse_run_folder(place)
-        raise ModelError(
-            f"{place}: not a model folder: it has no config.json. Found: {_listing(place)}. Expected a folder saved by "
-            "save_pretrained."
-        )
-    try:
-        with quiet():
-            return AutoConfig.from_pretrained(place)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{place}: its config cannot be read. {first_line(error)}{_hub_hint(place)}") from error
-
-
-def _refuse_run_folder(place: str) -> None:
-    """A folder without a model, in which there is the folder of one."""
-    for name in ("model", "checkpoint"):
-        if any((Path(place) / name / file).exists() for file in ("config.json", adapters.ADAPTER_CONFIG)):
-            raise ModelError(f"{place}: not a model folder, but it holds one. Did you mean {Path(place) / name}?")
-
-
-def _is_classifier(config: Any) -> bool:
-    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
-
-
-def _pretrained(
-    auto: str, place: str, config: Any, dtype: str | torch.dtype, keep_dropout: bool
-) -> tuple[Any, set[str]]:
-    """The model of a folder, and the names of weights that the folder lacks."""
-    import transformers
-    from safetensors import SafetensorError
-
-    weights, compute = dtypes_of(dtype)
-    if not keep_dropout:
-        without_dropout_config(config)
-    try:
-        with quiet():
-            model, info = getattr(transformers, auto).from_pretrained(
-                place,
-                config=config,
-                dtype=weights,
-                use_safetensors=True,
-                output_loading_info=True,
-                **needed_attention(config),
-            )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        pickled = sorted(p.name for p in Path(place).glob("pytorch_model*.bin")) if Path(place).is_dir() else []
-        advice = (
-            f" Its weights are pickled ({pickled[0]}), which can run code when read; save them as safetensors first: "
-            "AutoModel...from_pretrained(folder).save_pretrained(new_folder)."
-            if pickled
-            else " The file is broken or was not copied to its end: fetch or save it again."
-            if isinstance(error, SafetensorError)
-            else _hub_hint(place)
-        )
-        raise ModelError(f"{place}: the model cannot be loaded. {first_line(error)}{advice}") from error
-    if compute is not None:
-        model.compute_dtype = compute  # models.forward multiplies in it
-    return model, set(info["missing_keys"])
 
 
 def _placed(
@@ -316,90 +173,6 @@ def _align(model: nn.Module) -> None:
             weight.data = weight.data.clone()
 
 
-def _scalar_from_folder(
-    place: str,
-    dtype: str | torch.dtype,
-    keep_dropout: bool,
-    seed: int,
-    *,
-    where: str | Path,
-    may_lack_head: bool,
-    may_draw: bool,
-) -> Any:
-    """A plain scalar model with a float32 head, its own or (from a language model) a new one.
-
-    ``where`` is what was asked for, for errors: the folder itself, or that of an adapter whose base it is.
-    """
-    config = _config(place)
-    classifier = _is_classifier(config)
-    if classifier and config.num_labels != 1:
-        labels = ", ".join(str(name) for name in config.id2label.values())
-        raise ModelError(
-            f"{place}: this classifier has {config.num_labels} labels ({labels}); a reward or value model has one. As a "
-            'reward, choose a label: {"classifier": '
-            + f'"{place}", "label": "{list(config.id2label.values())[-1]}"'
-            + "}"
-        )
-    config.num_labels = 1
-    model, missing = _pretrained("AutoModelForSequenceClassification", place, config, dtype, keep_dropout)
-    of_head = {name for name in missing if name.split(".")[0] in HEAD_NAMES}
-    refuse_missing(place, missing - of_head)
-    check_reads_last_token(model, place)
-    if not of_head:
-        _exact_head(model, place)
-    elif classifier and not may_lack_head:
-        raise ModelError(
-            f"{place}: a {config.architectures[0]} without its head's weights ({', '.join(sorted(of_head))}). It was "
-            "saved incompletely; with a random head every score would be noise. Save or train it again."
-        )
-    elif not may_draw:
-        raise ModelError(
-            f"{where}: this is a language model, not a reward: it has no score head, and a new one would score noise. Train a "
-            f"reward from it: palate train reward --model {where} --data COMPARISONS --out runs/reward; then give "
-            "runs/reward/model."
-        )
-    else:
-        new_score_head(model, seed)
-    return model
-
-
-@torch.no_grad()
-def _exact_head(model: nn.Module, place: str) -> None:
-    """The head in float32 with the file's own digits, not rounded through the body's bf16."""
-    from safetensors import safe_open
-
-    head = scalar_head(model)
-    rounded = next(head.parameters()).dtype != torch.float32
-    head.float()
-    name = next(name for name, module in model.named_children() if module is head)
-    for path in _weight_files(place) if rounded else ():
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118  # the file cannot be iterated
-                if key.split(".")[0] == name:
-                    head.get_parameter(key.removeprefix(f"{name}.")).copy_(file.get_tensor(key))
-
-
-def _weight_files(place: str) -> list[str]:
-    """The safetensors files of a folder or (in the hub's cache) of a hub name."""
-    from transformers.utils import cached_file
-
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        with contextlib.suppress(OSError):
-            path = str(cached_file(place, name))
-            if name.endswith(".safetensors"):
-                return [path]
-            shards = sorted(set(json.loads(Path(path).read_text("utf-8"))["weight_map"].values()))
-            return [str(cached_file(place, shard)) for shard in shards]
-    return []
-
-
-def _read_score_file(model: nn.Module, place: str) -> None:
-    path = adapters.adapter_file(place, adapters.SCORE_FILE)
-    if path is not None:
-        config, stored = base_of(model).config, json.loads(path.read_text("utf-8"))
-        config.score_mean, config.score_std = stored["score_mean"], stored["score_std"]
-
-
 def _ready(
     model: Any, lora: LoraSettings | None, *, trainable: bool, seed: int, keep_dropout: bool, scalar: bool
 ) -> Any:
@@ -425,37 +198,3 @@ def _ready(
 
 def _is_mixed_on_cpu(inner: nn.Module, device: str | torch.device) -> bool:
     return getattr(inner, "compute_dtype", None) is not None and torch.device(device).type == "cpu"
-
-
-def dtypes_of(dtype: str | torch.dtype) -> tuple[torch.dtype, torch.dtype | None]:
-    """(of the weights, of the arithmetic when it differs)."""
-    known = {
-        "float32": (torch.float32, None),
-        "bfloat16": (torch.bfloat16, None),
-        "mixed": (torch.float32, torch.bfloat16),
-    }
-    name = str(dtype).removeprefix("torch.")
-    if name not in known:
-        raise ConfigError(f'dtype "{name}" is not known.{did_you_mean(name, known)} Choose from: {", ".join(known)}.')
-    return known[name]
-
-
-def device_of(device: str | torch.device) -> torch.device:
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f'device "{device}" is not known. Write "cpu", "cuda" or "cuda:0".') from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f'device "{device}": this machine has no CUDA device that torch can use. Write "cpu".')
-    return chosen
-
-
-def _listing(place: str) -> str:
-    names = sorted(p.name for p in Path(place).iterdir())
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"
-
-
-def _hub_hint(place: str) -> str:
-    if Path(place).is_dir():
-        return ""
-    return f" There is no folder {place} here, so it was looked for on the model hub: check the name and the network."

@@ -97,7 +97,7 @@ def read_recipe(name: str | Path, *, out: str | Path | None = None, overrides: S
     known = dict(whole.values.get("variables") or {})
     steps = []
     for stage in stages:
-        steps.append(_step(stage, whole, known, f"{path}"))
+        steps.append(_step(stage, whole, known))
         known[stage] = str(folder / stage)
     return Recipe(
         title, str(file.values.get("description") or ""), folder, whole.values.get("variables") or {}, tuple(steps)
@@ -125,7 +125,7 @@ def _addressed(given: Layer, stages: Mapping[str, Any], variables: Mapping[str, 
     return Layer(values, places)
 
 
-def _step(name: str, whole: Layer, known: Mapping[str, Any], file: str) -> Step:
+def _step(name: str, whole: Layer, known: Mapping[str, Any]) -> Step:
     prefix = f"stages.{name}."
     places = {k.removeprefix(prefix): v for k, v in whole.places.items() if k.startswith(prefix)}
     at = whole.place_of(f"stages.{name}")

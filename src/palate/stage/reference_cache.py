@@ -63,7 +63,7 @@ def items_with_reference(
         )
     stores = [own, cache / f"{key.all[:32]}.safetensors"]
     items = [item for side in sides for item in side]
-    known = _known(stores, key, items, say)
+    known = _known(stores, key, say)
     if not _agree(reference, items, known, device):
         say(f"reference log-probs in {cache} are not what the reference says now: all are computed anew.")
         known = {}
@@ -89,7 +89,7 @@ def items_with_reference(
     return [[_filled(item, known) for item in side] for side in sides]
 
 
-def _known(stores: Sequence[Path], key: ReferenceKey, items: Sequence[Item], say: Say) -> Known:
+def _known(stores: Sequence[Path], key: ReferenceKey, say: Say) -> Known:
     """What the files know, the first one's word before the second's."""
     known: Known = {}
     for path in reversed(stores):

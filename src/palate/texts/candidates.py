@@ -322,16 +322,4 @@ def _append(partial: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
-def numbers(text: str, what: str) -> list[float]:
-    """Numbers with commas between them.
-
-    Raises:
-        ConfigError: something else.
-    """
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"{what} {text!r}: expected numbers with commas between them, e.g. 0.7,1.0.") from None
-
-
-__all__ = ["Plan", "Sampled", "content_hash", "numbers", "sample_to_file", "sample_to_store"]
+__all__ = ["Plan", "Sampled", "content_hash", "sample_to_file", "sample_to_store"]

@@ -118,7 +118,7 @@ def _classifier(where: str, dtype: str | torch.dtype, device: str | torch.device
     from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from palate.models.load import device_of, dtypes_of
+    from palate.models.devices import device_of, dtypes_of
 
     try:
         with quiet():

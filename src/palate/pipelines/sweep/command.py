@@ -21,15 +21,9 @@ class Request:
     texts: Sequence[str]
     file: Path | None
     flags: Mapping[str, Any]
-    out: str | None = None
-    reward: str | None = None
-    gold: str | None = None
-    prompts: str | None = None
-    limit: int = 128
-    samples_per_prompt: int = 2
-    seed: int = 0
+    out: str | None
+    measuring: Measuring
     axes: str | None = None
-    checkpoints: bool = False
     jobs: int = 1
     verbose: bool = False
     silent: bool = False
@@ -44,22 +38,14 @@ def run_command(request: Request) -> dict[str, Any]:
         ConfigError: anything that can be seen to be wrong before the first run.
     """
     say = _silent if request.silent else _say
+    measuring = request.measuring
     plan = make_plan(
         request.methods,
         request.texts,
         file=request.file,
         flags=request.flags,
         out=request.out,
-        reward=request.reward,
-    )
-    measuring = Measuring(
-        request.reward,
-        request.gold,
-        request.prompts,
-        request.limit,
-        request.samples_per_prompt,
-        request.seed,
-        request.checkpoints,
+        reward=measuring.reward,
     )
     split_axes(request.axes)
     check_plan(plan, measuring)

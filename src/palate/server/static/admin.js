@@ -1,13 +1,13 @@
 // How the project stands, for admins; deciding about contested items, for adjudicators too.
 
-import { Line, Outbox, Refused, call } from "./api.js";
+import { Refused, call } from "./api.js";
 import { curve, interval } from "./charts.js";
 import { announce, fill, h, kbd } from "./dom.js";
 import { describeAnswer, makeForm } from "./form.js";
 import { showHelp } from "./help.js";
-import { t, useLanguage } from "./i18n.js";
+import { t } from "./i18n.js";
 import { listen } from "./keys.js";
-import { StateLine, topBar } from "./shell.js";
+import { enter, topBar } from "./shell.js";
 
 const LEAST = 5; // cases below which a share says too little for a hint
 const main = document.getElementById("main");
@@ -18,7 +18,6 @@ let form = null; // of the item that is being decided
 let presentation = null;
 let last = null; // decided last, to undo
 let busy = false;
-let language;
 let state;
 let line;
 let names = {};
@@ -26,12 +25,8 @@ let names = {};
 start();
 
 async function start() {
-  useLanguage(navigator.language.startsWith("zh") ? "zh" : "en");
-  state = new StateLine(document.getElementById("state"), () => Boolean(outbox?.waiting().length));
-  line = new Line((what, seconds) => state.say(what, seconds, () => line.wake()));
-  me = await line.until(() => call("me"));
-  language = useLanguage(me.task.language);
-  outbox = new Outbox(`${me.pseudonym}:decide`, line);
+  let language;
+  ({ me, language, state, line, outbox } = await enter((pseudonym) => `${pseudonym}:decide`));
   document.title = `${t("overview")}: ${me.task.title}`;
   document.getElementById("top").replaceWith(topBar({ me, title: me.task.title, language, links: [h("a", { href: "/" }, t("annotate"))] }));
   listen({

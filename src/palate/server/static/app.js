@@ -1,13 +1,13 @@
 // The annotators' page: one item after the other, answered with keys or mouse.
 
-import { Line, Outbox, call } from "./api.js";
+import { call } from "./api.js";
 import { Clock } from "./clock.js";
 import { announce, ask, fill, h, kbd, sanitised } from "./dom.js";
 import { makeForm } from "./form.js";
 import { showHelp } from "./help.js";
-import { t, useLanguage } from "./i18n.js";
+import { t } from "./i18n.js";
 import { isField, listen } from "./keys.js";
-import { StateLine, topBar } from "./shell.js";
+import { enter, topBar } from "./shell.js";
 import { forget, load, save } from "./store.js";
 
 const MOST_UNDO = 20;
@@ -25,12 +25,8 @@ let saving = null;
 start();
 
 async function start() {
-  useLanguage(navigator.language.startsWith("zh") ? "zh" : "en");
-  state = new StateLine(document.getElementById("state"), () => Boolean(outbox?.waiting().length));
-  line = new Line((what, seconds) => state.say(what, seconds, () => line.wake()));
-  me = await line.until(() => call("me"));
-  const language = useLanguage(me.task.language);
-  outbox = new Outbox(me.pseudonym, line);
+  let language;
+  ({ me, language, state, line, outbox } = await enter());
   document.title = me.task.title;
   frame(language);
   listen({

@@ -1,13 +1,12 @@
 // Talking to models: two of unknown name side by side with a vote after each turn, or one with thumbs.
 
-import { Line, Outbox, Unreachable, call, newKey } from "./api.js";
+import { Unreachable, call, newKey } from "./api.js";
 import { word } from "./arena_words.js";
 import { takeTurn } from "./arena_stream.js";
 import { Clock } from "./clock.js";
 import { announce, fill, h, kbd, put, visible } from "./dom.js";
-import { useLanguage } from "./i18n.js";
 import { digit, isField } from "./keys.js";
-import { StateLine, topBar } from "./shell.js";
+import { enter, topBar } from "./shell.js";
 import { forget, load, save } from "./store.js";
 
 const CHOICES = ["left", "right", "tie", "both_bad"];
@@ -31,12 +30,8 @@ let state;
 begin();
 
 async function begin() {
-  useLanguage(navigator.language.startsWith("zh") ? "zh" : "en");
-  state = new StateLine(document.getElementById("state"), () => Boolean(outbox?.waiting().length));
-  line = new Line((what, seconds) => state.say(what, seconds, () => line.wake()));
-  me = await line.until(() => call("me"));
-  const language = useLanguage(me.task.language);
-  outbox = new Outbox(`arena:${me.pseudonym}`, line);
+  let language;
+  ({ me, language, state, line, outbox } = await enter((pseudonym) => `arena:${pseudonym}`));
   try {
     offer = await line.until(() => call("arena"));
   } catch {

@@ -1,9 +1,22 @@
 // What all pages have: the bar at the top, colours, language, the line that says whether the work is saved.
 
 import { h, fill } from "./dom.js";
-import { LANGUAGES, chooseLanguage, t } from "./i18n.js";
-import { call } from "./api.js";
+import { LANGUAGES, chooseLanguage, t, useLanguage } from "./i18n.js";
+import { Line, Outbox, call } from "./api.js";
 import { forget, load, save } from "./store.js";
+
+// How every page begins: who is here, in which language, and the line to the server with what waits to be sent on it.
+// `box` names the outbox of somebody.
+export async function enter(box = (pseudonym) => pseudonym) {
+  useLanguage(navigator.language.startsWith("zh") ? "zh" : "en");
+  let outbox = null;
+  const state = new StateLine(document.getElementById("state"), () => Boolean(outbox?.waiting().length));
+  const line = new Line((what, seconds) => state.say(what, seconds, () => line.wake()));
+  const me = await line.until(() => call("me"));
+  const language = useLanguage(me.task.language);
+  outbox = new Outbox(box(me.pseudonym), line);
+  return { me, language, state, line, outbox };
+}
 
 export function topBar({ me, title, middle = [], language, links = [] }) {
   return h("header", { class: "top" },

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from palate.cli.options import JsonFlag, numbers
+from palate.cli.output import print_json
 from palate.errors import ConfigError
 
 
@@ -23,7 +24,7 @@ def soup(
         int | None, typer.Option("--grid", help="Write a family into OUT: all weights in steps of 1/(N-1).")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing model folders.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Mix policies into one by the weighted mean of their weights (rewarded soups).
 
@@ -36,7 +37,8 @@ def soup(
     if points is not None and weights is not None:
         raise ConfigError("--weights makes one soup, --grid a family: give one of them.")
     if points is None:
-        mixes = [_numbers(weights) if weights is not None else [1 / len(models)] * len(models)]
+        expected = f"--weights {weights!r}: numbers with commas were expected, as in 0.75,0.25."
+        mixes = [numbers(weights, expected) if weights is not None else [1 / len(models)] * len(models)]
         places = [Path(out)]
     else:
         mixes = [list(mix) for mix in grid(len(models), points)]
@@ -48,11 +50,4 @@ def soup(
         typer.echo(f"{place}   {', '.join(f'{weight:.4g}' for weight in mix)}{alike}", err=True)
     if as_json:
         found = [{"out": str(s.folder), "weights": list(s.weights), "cosine": s.cosine} for s in made]
-        typer.echo(json.dumps(found))
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(f"--weights {text!r}: numbers with commas were expected, as in 0.75,0.25.") from None
+        print_json(found)

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
+from palate.cli.label.serving import PACKAGES, Host, Port, PublicUrl, Serving, TokenFile, need, run_server
+from palate.cli.label.stores import StoreFile, open_or_make, open_store
+from palate.cli.options import JsonFlag
+from palate.cli.output import print_json
 from palate.errors import ConfigError
 
-StoreFile = Annotated[Path, typer.Argument(help="The store, e.g. feedback.db; made where it is not there.")]
-Host = Annotated[str, typer.Option("--host", help="Address to listen on.")]
-Port = Annotated[int, typer.Option("--port", "-p", min=0, max=65535, help="0 = any free one.")]
-PublicUrl = Annotated[
-    str | None, typer.Option("--public-url", help="Where people reach it, e.g. https://label.example.org.")
-]
-TokenFile = Annotated[
-    Path | None, typer.Option("--token-file", help='Lines "name role token": log in once with each, from this start.')
-]
+NewStoreFile = Annotated[Path, typer.Argument(help="The store, e.g. feedback.db; made where it is not there.")]
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, max=4096, help="Of an answer.")]
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 = the most probable token.")]
 TopP = Annotated[float, typer.Option("--top-p", help="In (0, 1].")]
@@ -28,18 +23,10 @@ Template = Annotated[str | None, typer.Option("--chat-template", help='File, Jin
 Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, ...")]
 Rate = Annotated[float, typer.Option("--rate", min=0.1, help="Requests a second of one person.")]
-JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-
-
-def register(label: typer.Typer) -> None:
-    """Add the commands to ``palate label``."""
-    label.command("arena")(arena)
-    label.command("chat")(chat)
-    label.command("arena-table")(arena_table)
 
 
 def arena(
-    store: StoreFile,
+    store: NewStoreFile,
     model: Annotated[
         list[str], typer.Option("--model", "-m", help="Folder, or NAME=FOLDER; two or more, each with its own --model.")
     ],
@@ -64,12 +51,13 @@ def arena(
     if len(model) < 2:
         raise ConfigError("a battle needs two models. Give --model twice or more; for one model: palate label chat.")
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    options = {"system": system, "chat_template": chat_template, "dtype": dtype, "device": device}
-    _serve(store, model, decoding, options, reveal, host, port, public_url, token_file, rate, as_json)
+    loading = {"system": system, "chat_template": chat_template, "dtype": dtype, "device": device}
+    how = Serving(host, port, public_url, token_file, rate, as_json)
+    _serve(store, model, decoding, loading, how, reveal=reveal)
 
 
 def chat(
-    store: StoreFile,
+    store: NewStoreFile,
     model: Annotated[str, typer.Option("--model", "-m", help="Folder, or NAME=FOLDER.")],
     host: Host = "127.0.0.1",
     port: Port = 8765,
@@ -87,44 +75,37 @@ def chat(
 ) -> None:
     """Serve a page on which people talk to one model, thumbs up or down; what they copy or ask anew is kept too."""
     decoding = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
-    options = {"system": system, "chat_template": chat_template, "dtype": dtype, "device": device}
-    _serve(store, [model], decoding, options, False, host, port, public_url, token_file, rate, as_json)
+    loading = {"system": system, "chat_template": chat_template, "dtype": dtype, "device": device}
+    _serve(store, [model], decoding, loading, Serving(host, port, public_url, token_file, rate, as_json))
 
 
 def _serve(
     store: Path,
     models: list[str],
     decoding: dict[str, Any],
-    options: dict[str, Any],
-    reveal: bool,
-    host: str,
-    port: int,
-    public_url: str | None,
-    token_file: Path | None,
-    rate: float,
-    as_json: bool,
+    loading: dict[str, Any],
+    how: Serving,
+    *,
+    reveal: bool = False,
 ) -> None:
-    from palate.cli_label import PACKAGES, _need, _open_or_make, run_server
     from palate.generation.settings import SamplingSettings
 
-    for package in PACKAGES:
-        _need(package)
+    need(*PACKAGES)
     settings = SamplingSettings(**decoding)
     from palate.server.arena import Arena
     from palate.server.served import load_models
 
-    loaded = load_models(models, settings, **options)
+    loaded = load_models(models, settings, **loading)
     # a new store needs some task; these ask what the page asks
     template = None if store.exists() else ("compare" if len(models) > 1 else "thumbs")
-    with _open_or_make(store, template) as opened:
+    with open_or_make(store, template) as opened:
         names = ", ".join(str(each.about["name"]) for each in loaded)
         title = f"Battles of {names}" if len(loaded) > 1 else f"Chat with {names}"
-        served = Arena(opened, loaded, reveal=reveal)
-        run_server(opened, host, port, public_url, token_file, rate, as_json, title=title, arena=served)
+        run_server(opened, how, title=title, arena=Arena(opened, loaded, reveal=reveal))
 
 
 def arena_table(
-    store: Annotated[Path, typer.Argument(help="The store, e.g. feedback.db.")],
+    store: StoreFile,
     by: Annotated[
         str, typer.Option("--by", help="What is resampled whole: conversation, or annotator (with many people).")
     ] = "conversation",
@@ -133,17 +114,16 @@ def arena_table(
     as_json: JsonFlag = False,
 ) -> None:
     """The models in order of the votes on their battles, with intervals; no rank where the votes do not settle it."""
-    from palate.cli_label import _open
     from palate.feedback.conversations import conversations
     from palate.feedback.leaderboard import battles_of, leaderboard
 
     if by not in ("conversation", "annotator"):
         raise ConfigError(f'--by is "{by}". Expected "conversation" or "annotator".')
     cluster: Literal["conversation", "annotator"] = "annotator" if by == "annotator" else "conversation"
-    with _open(store) as opened:
+    with open_store(store) as opened:
         found = leaderboard(battles_of(conversations(opened), by=cluster), confidence=confidence, seed=seed)
     if as_json:
-        typer.echo(json.dumps(asdict(found) | {"ranked": found.ranked}, ensure_ascii=False))
+        print_json(asdict(found) | {"ranked": found.ranked})
         return
     width = max(len(each.name) for each in found.standings)
     percent = f"{100 * confidence:g} %"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from palate.cli.options import DEVICE, DTYPE, JsonFlag, Limit, Tokenizer, Trained, Validation, method_and_settings
+from palate.cli.output import print_json
 from palate.errors import ConfigError
 
 
@@ -18,7 +19,7 @@ def sweep(
         typer.Argument(help="key=value,value ...; one value: the same in every run.", show_default=False),
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML settings file of all runs.")] = None,
-    model: Annotated[str | None, typer.Option("--model", "-m", help="What is trained: folder or hub name.")] = None,
+    model: Trained = None,
     data: Annotated[str | None, typer.Option("--data", "-d", help="Training records.")] = None,
     out: Annotated[
         str | None, typer.Option("--out", "-o", help="Folder of all runs; default: runs/sweep-METHOD.")
@@ -32,12 +33,12 @@ def sweep(
     ] = None,
     reference: Annotated[str | None, typer.Option("--reference", help="Frozen reference; default: MODEL.")] = None,
     value: Annotated[str | None, typer.Option("--value", help="Start of the value model.")] = None,
-    validation: Annotated[str | None, typer.Option("--validation", help="Held-out records; default: a share.")] = None,
-    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="Folder or hub name; default: MODEL's.")] = None,
+    validation: Validation = None,
+    tokenizer: Tokenizer = None,
     lora: Annotated[bool | None, typer.Option("--lora/--no-lora", help="Train adapters.", show_default=False)] = None,
-    dtype: Annotated[str | None, typer.Option("--dtype", help="float32, bfloat16, or mixed.")] = None,
-    device: Annotated[str | None, typer.Option("--device", help='"cpu", "cuda", or "auto".')] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Read at most so many records.")] = None,
+    dtype: Annotated[str | None, DTYPE] = None,
+    device: Annotated[str | None, DEVICE] = None,
+    limit: Limit = None,
     prompts: Annotated[
         str | None, typer.Option("--prompts", help="Prompts to measure on; default: those held out.")
     ] = None,
@@ -50,7 +51,7 @@ def sweep(
     checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Also measure the checkpoints kept.")] = False,
     jobs: Annotated[int, typer.Option("--jobs", "-j", min=1, help="Runs at a time, each a process.")] = 1,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the progress of every run.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")] = False,
+    as_json: JsonFlag = False,
 ) -> None:
     """Run a method with many settings, and draw what each earned for the distance it went.
 
@@ -60,37 +61,19 @@ def sweep(
     failed; the others are done all the same.
     """
     from palate.pipelines.sweep.command import Request, run_command
+    from palate.pipelines.sweep.run import Measuring
 
-    texts = list(settings or ())
-    if method is not None and "=" in method:  # the methods are named in the file
-        texts.insert(0, method)
-        method = None
+    method, texts = method_and_settings(method, settings)
     flags: dict[str, Any] = {"model": model, "data.train": data, "reference": reference, "value": value}
     flags |= {"data.validation": validation, "tokenizer": tokenizer, "lora": lora, "dtype": dtype, "device": device}
     flags |= {"data.limit": limit}
     if count < 2:
         raise ConfigError("--count 1: an interval over prompts needs two prompts at least.")
-    result = run_command(
-        Request(
-            method,
-            texts,
-            config,
-            flags,
-            out,
-            reward,
-            gold,
-            prompts,
-            count,
-            samples,
-            seed,
-            axes,
-            checkpoints,
-            jobs,
-            verbose and not as_json,
-            as_json,
-        )
-    )
+    measuring = Measuring(reward, gold, prompts, count, samples, seed, checkpoints)
+    talks = verbose and not as_json
+    request = Request(method, texts, config, flags, out, measuring, axes, jobs, verbose=talks, silent=as_json)
+    result = run_command(request)
     if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False, default=str))
+        print_json(result)
     if any(run["state"] == "failed" for run in result["runs"]):
         raise typer.Exit(1)
