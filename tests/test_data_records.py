@@ -279,7 +279,7 @@ records = {
         prompts,
         texts,
         texts,
-        st.none() | st.floats(allow_nan=False, allow_infinity=False),
+        st.none() | st.floats(allow_nan=False, allow_infinity=False, width=32),
         st.none() | st.floats(0, 1),
         names,
     ),

@@ -26,7 +26,10 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv", ".tsv")
 SPLITS = ("train", "validation", "valid", "val", "dev", "eval", "test")
 _HUB_NAME = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
 # Cells of a table are text; these names hold a list, a number or a truth value, written as JSON.
-_JSON_CELLS = ("messages", "conversations", "responses", "ranks", "margin", "probability", "desirable", "label")
+_JSON_CELLS = (
+    *("messages", "conversations", "responses", "ranks", "margin", "probability", "desirable", "label"),
+    *("rating", "ratings"),
+)
 
 
 def rows(where: str | Path, *, split: str = "train") -> Iterator[Row]:
@@ -40,7 +43,7 @@ def rows(where: str | Path, *, split: str = "train") -> Iterator[Row]:
         DataError: nothing there, nothing in it, or something that is not an object.
     """
     if str(where) == "-":
-        return _not_empty(_jsonl(sys.stdin, "stdin"), "standard input")
+        return _not_empty(_jsonl(_standard_input(), "stdin"), "standard input")
     path = Path(where).expanduser()
     if path.is_dir():
         return _not_empty(_folder(path, split), str(where))
@@ -98,12 +101,23 @@ def _opened(path: Path, name: str) -> Iterator[TextIO]:
 
             yield io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")  # type: ignore[arg-type]
     except UnicodeDecodeError as error:
-        bad = error.object[error.start : error.start + 1].hex()
-        raise DataError(f"{name}: not UTF-8 text (byte 0x{bad}). Convert it, e.g. iconv -f latin1 -t utf-8.") from None
+        raise _not_text(name, error) from None
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{name}: the compressed file is broken: {error}. Fetch it again.") from None
     except (PermissionError, IsADirectoryError) as error:
         raise DataError(f"{name}: cannot be read: {error.strerror}.") from None
+
+
+def _standard_input() -> Iterator[str]:
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError as error:
+        raise _not_text("stdin", error) from None
+
+
+def _not_text(name: str, error: UnicodeDecodeError) -> DataError:
+    bad = error.object[error.start : error.start + 1].hex()
+    return DataError(f"{name}: not UTF-8 text (byte 0x{bad}). Convert it, e.g. iconv -f latin1 -t utf-8.")
 
 
 def _jsonl_file(path: Path, name: str) -> Iterator[Row]:
@@ -116,7 +130,9 @@ def _jsonl(lines: Iterable[str], name: str) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line.rstrip())  # with its line break a cut-off line would end in column 1 of the next
+            with _decoding(f"{name}:{number}"):
+                # with its line break a cut-off line would end in column 1 of the next
+                value = json.loads(line.rstrip())
         except json.JSONDecodeError as error:
             hint = " Is it one JSON list? Then name it .json." if number == 1 and line.lstrip()[0] == "[" else ""
             raise DataError(
@@ -128,6 +144,19 @@ def _jsonl(lines: Iterable[str], name: str) -> Iterator[Row]:
                 f"{name}:1: a list. Expected one JSON object a line. Is the file one JSON list? Then name it .json."
             )
         yield f"{name}:{number}", _object(value, f"{name}:{number}")
+
+
+@contextmanager
+def _decoding(where: str) -> Iterator[None]:
+    """What valid JSON may hold and Python does not take, told with its place."""
+    try:
+        yield
+    except RecursionError:
+        raise DataError(f"{where}: lists and objects within one another without end. Expected a record.") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{where}: a number that cannot be read: {error}.") from None
 
 
 def _around(text: str, position: int, width: int = 60) -> str:
@@ -156,7 +185,8 @@ def _json(path: Path, name: str, split: str) -> Iterator[Row]:
         return
     if text[position] != "[":
         try:
-            value, end = decoder.raw_decode(text, position)
+            with _decoding(name):
+                value, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise _bad_json(name, text, error) from None
         if _skip(text, end) < len(text):
@@ -174,7 +204,8 @@ def _json(path: Path, name: str, split: str) -> Iterator[Row]:
     while position < len(text) and text[position] != "]":
         line, counted = line + text.count("\n", counted, position), position
         try:
-            value, position = decoder.raw_decode(text, position)
+            with _decoding(f"{name}:{line}"):
+                value, position = decoder.raw_decode(text, position)
             position = _skip(text, position)
             if position >= len(text) or text[position] not in ",]":
                 raise json.JSONDecodeError("Expecting ',' or ']'", text, position)
@@ -184,6 +215,8 @@ def _json(path: Path, name: str, split: str) -> Iterator[Row]:
         position = _skip(text, position + 1) if text[position] == "," else position
     if position >= len(text):
         raise _bad_json(name, text, json.JSONDecodeError("The list is not closed", text, len(text)))
+    if (after := _skip(text, position + 1)) < len(text):
+        raise _bad_json(name, text, json.JSONDecodeError("Something stands after the list's end", text, after))
 
 
 def _is_rows(value: Any) -> bool:
@@ -210,6 +243,9 @@ def _table(path: Path, name: str, delimiter: str) -> Iterator[Row]:
         reader = csv.DictReader(file, delimiter=delimiter)
         while reader.fieldnames == []:  # blank lines before the header
             reader.fieldnames = None
+        names = list(reader.fieldnames or ())
+        if twice := next((key for key in names if names.count(key) > 1), None):
+            raise DataError(f'{name}:{reader.line_num}: two columns are named "{twice}". Rename or remove one.')
         line = reader.line_num + 1
         for record in reader:
             if None in record or None in record.values():
@@ -225,7 +261,7 @@ def _cell(name: str, text: str) -> Any:
     if name in _JSON_CELLS or (name == "prompt" and text.startswith("[{")):
         try:
             return json.loads(text.lower() if text in ("True", "False", "TRUE", "FALSE") else text)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             pass
     return text
 
@@ -238,9 +274,15 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
         file = pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{name}: not a Parquet file: {shorten(str(error))}") from None
-    number = 0
-    for batch in file.iter_batches(batch_size=1000):
-        for record in batch.to_pylist():
+    number, batches = 0, file.iter_batches(batch_size=1000)
+    while True:
+        try:
+            records = next(batches).to_pylist()
+        except StopIteration:
+            return
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
+            raise DataError(f"{name}: broken after row {number}: {shorten(str(error))} Fetch it again.") from None
+        for record in records:
             number += 1
             yield f"{name}:{number}", record
 

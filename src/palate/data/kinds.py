@@ -173,7 +173,7 @@ class Ranking:
         if len(self.responses) < 2:
             raise DataError(at(self.source, f"{len(self.responses)} responses to rank; expected at least two."))
         for i, rank in enumerate(self.ranks):
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank < 2**31:
                 raise DataError(at(self.source, f'"ranks"[{i}] is {rank!r}; expected a whole number >= 1 (1 = best).'))
         _check_annotator(self.annotator, self.source)
 
@@ -222,7 +222,10 @@ def prompt_key(prompt: PromptText) -> str:
 
 def describe(value: Any) -> str:
     """A value as an error shows it: its type and the beginning of its text."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):  # a number of thousands of digits
+        text = "too large to be shown"
     return f"{_a(value)}: {shorten(text)}" if value is not None else "null"
 
 
@@ -307,9 +310,14 @@ def _check_number(value: Any, name: str, source: str, low: float = -math.inf, hi
         return
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataError(at(source, f"{name} is {describe(value)}. Expected a number."))
-    if not math.isfinite(value) or not low <= value <= high:
+    if not is_finite(value) or not low <= value <= high:
         wanted = "a finite number" if high == math.inf else f"a number from {low:g} to {high:g}"
-        raise DataError(at(source, f"{name} is {value}. Expected {wanted}."))
+        raise DataError(at(source, f"{name} is {shorten(repr(value))}. Expected {wanted}."))
+
+
+def is_finite(value: float) -> bool:
+    """Neither NaN nor beyond what a float32 of a batch can hold."""
+    return abs(value) <= 3.4028234663852886e38  # false for NaN; a whole number of any size is compared exactly
 
 
 def _check_bool(value: Any, name: str, source: str) -> None:

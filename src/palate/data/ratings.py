@@ -19,7 +19,7 @@ from palate.data import files
 from palate.data.formats import fields
 from palate.data.formats.convert import ConvertReport, check_target, write_lines
 from palate.data.formats.palate import to_json
-from palate.data.kinds import Judgement, PromptText, Ranking, Record, at, describe, prompt_key
+from palate.data.kinds import Judgement, PromptText, Ranking, Record, at, describe, is_finite, prompt_key
 from palate.data.ranking import ratings_to_ranks
 from palate.errors import ConfigError, DataError
 
@@ -42,7 +42,6 @@ def read_ratings(where: str | Path) -> Iterator[Rated]:
     """
     for source, row in files.rows(where):
         prompt = fields.prompt(fields.required(row, "prompt", source), source)
-        annotator = row.get("annotator")
         if "responses" in row:
             responses, ratings = (fields.required(row, name, source) for name in ("responses", "ratings"))
             if not isinstance(responses, list) or not isinstance(ratings, list) or len(responses) != len(ratings):
@@ -50,11 +49,12 @@ def read_ratings(where: str | Path) -> Iterator[Rated]:
         else:
             responses, ratings = [fields.required(row, "response", source)], [fields.required(row, "rating", source)]
         for response, rating in zip(responses, ratings, strict=True):
-            yield Rated(prompt, response, _number(rating, source), annotator, source)
+            checked = Judgement(prompt, response, True, annotator=row.get("annotator"), source=source)
+            yield Rated(checked.prompt, checked.response, _number(rating, source), checked.annotator, source)
 
 
 def _number(value: Any, source: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not is_finite(value):
         raise DataError(at(source, f"a rating is {describe(value)}. Expected a finite number, higher = better."))
     return float(value)
 

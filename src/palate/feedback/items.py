@@ -11,7 +11,8 @@ from random import Random
 from typing import Any
 
 from palate.data.files import rows
-from palate.data.kinds import Comparison, Demonstration, Judgement, Prompt, PromptText, Ranking, prompt_key
+from palate.data.formats.fields import objects
+from palate.data.kinds import Comparison, Demonstration, Judgement, Prompt, PromptText, Ranking, Record, prompt_key
 from palate.data.records import read_records
 from palate.errors import DataError, FeedbackError
 from palate.feedback.store import Store
@@ -108,10 +109,8 @@ def read_candidates(where: str, *, kind: str = "task") -> list[Candidate]:
     if kind not in KINDS:
         raise FeedbackError(f'unknown kind of item "{kind}". Kinds: {", ".join(KINDS)}.')
     source, first = next(rows(where))
-    if "chosen" in first and "rejected" in first:
-        return [_from_comparison(r, kind) for r in read_records(where, "comparisons") if isinstance(r, Comparison)]
-    if "responses" in first and "ranks" in first:
-        return [_from_ranking(r, kind) for r in read_records(where, "rankings") if isinstance(r, Ranking)]
+    if ("chosen" in first and "rejected" in first) or ("responses" in first and "ranks" in first):
+        return [_compared(record, kind) for record in read_records(where, "comparisons")]
     if kind != "task" and not ("response" in first and "desirable" in first):
         raise DataError(f'{source}: no known answer for a {kind} item. Expected "chosen", "ranks" or "desirable".')
     if "responses" in first:
@@ -129,8 +128,12 @@ def read_candidates(where: str, *, kind: str = "task") -> list[Candidate]:
     return _grouped([r for r in read_records(where, "demonstrations") if isinstance(r, Demonstration)])
 
 
-def _from_comparison(record: Comparison, kind: str) -> Candidate:
-    gold = _gold(kind, [1, 2], "ranks")
+def _compared(record: Record, kind: str) -> Candidate:
+    if isinstance(record, Ranking):
+        return _from_ranking(record, kind)
+    assert isinstance(record, Comparison)
+    sure = 1.0 if record.probability is None else record.probability
+    gold = _gold(kind, [1, 2] if sure > 0.5 else [2, 1] if sure < 0.5 else [1, 1], "ranks")
     return Candidate(record.prompt, (record.chosen, record.rejected), kind=kind, gold=gold, meta=_meta(record.source))
 
 
@@ -143,7 +146,9 @@ def _from_responses(row: Mapping[str, Any], source: str) -> Candidate:
     responses, known = row.get("responses"), row.get("sources")
     if not isinstance(responses, list) or row.get("prompt") is None:
         raise DataError(f'{source}: expected {{"prompt": ..., "responses": ["...", "..."]}}.')
-    sources = tuple(known) if isinstance(known, list) and len(known) == len(responses) else ()
+    if known is not None and (len(objects(known, "sources", source)) != len(responses)):
+        raise DataError(f'{source}: {len(known)} "sources" of {len(responses)} "responses". Expected one of each.')
+    sources = tuple(known or ())
     prompt = Prompt(row["prompt"], source=source).prompt
     texts = tuple(Demonstration(prompt, text, source=source).response for text in responses)  # checked like any text
     images = row.get("images") or ()

@@ -40,11 +40,11 @@ def convert(record: dict[str, Any], kind: str, source: str) -> list[Record]:
 
 def _prompt(record: dict[str, Any], kind: str, source: str) -> PromptText:
     instruction = fields.text(record, "instruction", source)
-    further = record.get("input")
-    if isinstance(further, str) and further.strip():
+    further = fields.text(record, "input", source) if record.get("input") is not None else ""
+    if further.strip():
         instruction = f"{instruction}\n\n{further}"
     turns = (*history.turns(record.get("history"), source), {"role": "user", "content": instruction})
-    turns = fields.with_system(record, turns)
+    turns = fields.with_system(record, turns, source)
     return instruction if len(turns) == 1 else turns
 
 

@@ -66,13 +66,20 @@ def cannot(shape: str, holds: str, kind: str, source: str) -> DataError:
 
 
 def others(record: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The fields that are not named, for reward functions."""
-    return {key: value for key, value in record.items() if key not in names and value is not None}
+    """The fields that are not named, for reward functions; "prompt" is the prompt's own, and never one of them."""
+    return {key: value for key, value in record.items() if key not in (*names, "prompt") and value is not None}
 
 
 def options(record: dict[str, Any], *names: str) -> dict[str, Any]:
     """Those of the optional fields that are there, under their own names."""
     return {name: record[name] for name in names if record.get(name) is not None}
+
+
+def objects(value: Any, name: str, source: str) -> list[dict[str, Any]]:
+    """A list of objects."""
+    if not isinstance(value, list | tuple) or not all(isinstance(each, dict) for each in value):
+        raise DataError(at(source, f'"{name}" is {describe(value)}. Expected a list of objects.'))
+    return list(value)
 
 
 def messages(value: Any, name: str, source: str) -> tuple[Message, ...]:
@@ -112,15 +119,29 @@ def _part(part: Any, name: str, source: str) -> str:
 
 def prompt(value: Any, source: str) -> PromptText:
     """A prompt as it stands in a record: text or messages."""
-    return messages(value, "prompt", source) if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return messages(value, "prompt", source)
+    if not isinstance(value, str):
+        raise DataError(at(source, f'"prompt" is {describe(value)}. Expected a string or a list of messages.'))
+    return value
 
 
-def with_system(record: dict[str, Any], turns: Conversation) -> Conversation:
+def with_system(record: dict[str, Any], turns: Conversation, source: str) -> Conversation:
     """The record's "system" text, when it has one, as the first message."""
-    system = record.get("system")
-    if isinstance(system, str) and system.strip() and turns[0]["role"] != "system":
+    system = text(record, "system", source) if record.get("system") is not None else ""
+    if system.strip() and turns[0]["role"] != "system":
         return ({"role": "system", "content": system}, *turns)
     return turns
+
+
+def said(value: Any, name: str, source: str) -> str:
+    """The text of a response that is written as a list of one message, the assistant's."""
+    turns = messages(value, name, source)
+    if [turn["role"] for turn in turns] != ["assistant"]:
+        roles = ", ".join(turn["role"] for turn in turns)
+        raise DataError(at(source, f'"{name}" has the turns {roles}. Expected one turn, the assistant\'s.'))
+    content: str = turns[0]["content"]
+    return content
 
 
 def last_response(turns: Sequence[Message], name: str, source: str) -> tuple[Conversation, str]:

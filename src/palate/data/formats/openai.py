@@ -24,7 +24,7 @@ def convert(record: dict[str, Any], kind: str, source: str) -> list[Record]:
     if kind not in ("prompts", "demonstrations"):
         raise fields.cannot('"messages"', "demonstrations", kind, source)
     turns = fields.messages(fields.required(record, "messages", source), "messages", source)
-    turns = fields.with_system(record, turns)
+    turns = fields.with_system(record, turns, source)
     if kind == "prompts":
         prompt = fields.until_user(turns, "messages", source)
         return [Prompt(prompt, fields.others(record, "messages", "system"), source)]
@@ -33,20 +33,15 @@ def convert(record: dict[str, Any], kind: str, source: str) -> list[Record]:
 
 
 def _preference(record: dict[str, Any], kind: str, source: str) -> Record:
-    held = record["input"]
+    held = fields.required(record, "input", source)
     held = held.get("messages") if isinstance(held, dict) else held
     prompt = fields.messages(held, "input.messages", source)
     if kind == "prompts":
         return Prompt(prompt, fields.others(record, "input", "preferred_output", "non_preferred_output"), source)
     if kind == "demonstrations":
-        return Demonstration(prompt, _only(record, "preferred_output", source), source=source)
+        return Demonstration(prompt, fields.said(record["preferred_output"], "preferred_output", source), source=source)
     if kind != "comparisons":
         raise fields.cannot('"preferred_output"', "comparisons", kind, source)
-    good, bad = (_only(record, name, source) for name in ("preferred_output", "non_preferred_output"))
+    names = ("preferred_output", "non_preferred_output")
+    good, bad = (fields.said(fields.required(record, name, source), name, source) for name in names)
     return Comparison(prompt, good, bad, source=source)
-
-
-def _only(record: dict[str, Any], name: str, source: str) -> str:
-    turns = fields.messages(fields.required(record, name, source), name, source)
-    content: str = turns[-1]["content"]
-    return content

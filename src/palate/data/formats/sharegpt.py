@@ -21,14 +21,14 @@ def detect(record: dict[str, Any]) -> bool:
 
 def convert(record: dict[str, Any], kind: str, source: str) -> list[Record]:
     turns = fields.messages(fields.required(record, "conversations", source), "conversations", source)
-    turns = fields.with_system(record, turns)
+    turns = fields.with_system(record, turns, source)
     if kind == "prompts":
         rest = fields.others(record, "conversations", "system", "chosen", "rejected", "kto_tag")
         return [Prompt(fields.until_user(turns, "conversations", source), rest, source)]
     if kind == "comparisons":
         chosen, rejected = (fields.required(record, name, source) for name in ("chosen", "rejected"))
-        good, bad = fields.messages([chosen], "chosen", source), fields.messages([rejected], "rejected", source)
-        return [Comparison(turns, good[0]["content"], bad[0]["content"], source=source)]
+        good, bad = fields.said([chosen], "chosen", source), fields.said([rejected], "rejected", source)
+        return [Comparison(turns, good, bad, source=source)]
     if kind == "rankings":
         raise fields.cannot("ShareGPT", "demonstrations, comparisons or judgements", kind, source)
     prompt, response = fields.last_response(turns, "conversations", source)

@@ -67,8 +67,11 @@ def _completion(record: dict[str, Any], kind: str, source: str) -> tuple[PromptT
     if isinstance(completion, str):
         return prompt, completion
     turns = fields.messages(completion, "completion", source)
-    before, response = fields.last_response((*_as_turns(prompt), *turns), "completion", source)
-    return (prompt if len(turns) == 1 else before), response
+    if len(turns) == 1:
+        return prompt, fields.said(completion, "completion", source)
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise DataError(at(source, '"completion" has no turn of the assistant: there is no response.'))
+    return fields.last_response((*_as_turns(prompt), *turns), "completion", source)
 
 
 def _preference(record: dict[str, Any], source: str) -> tuple[PromptText, str, str]:
@@ -81,7 +84,7 @@ def _preference(record: dict[str, Any], source: str) -> tuple[PromptText, str, s
     good, bad = fields.messages(chosen, "chosen", source), fields.messages(rejected, "rejected", source)
     prompt = fields.prompt(given, source) if given is not None else ""
     if len(good) == len(bad) == 1 and given is not None:
-        return prompt, good[0]["content"], bad[0]["content"]
+        return prompt, fields.said(chosen, "chosen", source), fields.said(rejected, "rejected", source)
     return _implicit(good, bad, prompt, source)
 
 

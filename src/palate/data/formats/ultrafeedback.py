@@ -28,7 +28,7 @@ def convert(record: dict[str, Any], kind: str, source: str) -> list[Record]:
         return [Prompt(prompt, fields.others(record, "instruction", "completions"), source)]
     if kind == "judgements":
         raise fields.cannot("UltraFeedback", "rankings", kind, source)
-    completions = fields.required(record, "completions", source)
+    completions = fields.objects(fields.required(record, "completions", source), "completions", source)
     scores = [_score(completion, source) for completion in completions]
     responses = [fields.text(completion, "response", source) for completion in completions]
     if len(scores) < 2:
@@ -42,7 +42,7 @@ def _score(completion: dict[str, Any], source: str) -> float:
     found = next((completion[name] for name in SCORES if completion.get(name) not in (None, "N/A")), None)
     try:
         score = float(found)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         score = math.nan
     if not math.isfinite(score):
         raise Unusable(at(source, "a completion without a score."))

@@ -28,13 +28,13 @@ from palate.data.kinds import PromptText
 from palate.errors import DataError
 from palate.feedback import views
 from palate.feedback.exchange.lines import Lines, Settings, as_json, plain, prompt_text
-from palate.feedback.exchange.taken import UNKNOWN, Judged, Taken
+from palate.feedback.exchange.taken import UNKNOWN, Judged, Taken, written_by
 from palate.feedback.task import Task
 
 PROMPTS = ("prompt", "instruction", "question", "input", "context", "query", "chat")
 _RESPONSE = re.compile(r"^(response|reply|answer|completion|generation|output|text|option)s?[-_ ]?(\d+|[a-i])?$")
 _ID = re.compile(r"^[a-z][a-z0-9_]{0,39}$")
-_NUMBERED = re.compile(r"^(.*?)[-_ ]?(\d)$")
+_NUMBERED = re.compile(r"^(.*?)[-_ ]?(?<!\d)(\d)$")
 TIERS, PROMPT = "palate_tiers", "palate_prompt"
 TIE, BOTH_BAD, YES, NO = "tie", "both_bad", "yes", "no"
 # What people call a tie, or a good one, in labels.
@@ -49,30 +49,35 @@ _SPACE = uuid.UUID("6f0b8f43-6a4c-5b3e-9d36-1c1d4a1f7e11")  # of the user ids th
 def read(where: str | Path) -> Taken:
     taken = Taken("argilla")
     for source, row in rows(where):
-        record = row if isinstance(row.get("fields"), dict) else _of_version_1(row)
-        shown = record["fields"]
-        prompt, responses = _shown(shown, source)
-        metadata = record.get("metadata") or {}
-        metadata = json.loads(metadata) if isinstance(metadata, str) and metadata.startswith("{") else metadata
-        if isinstance(metadata, dict) and PROMPT in metadata:
-            prompt = reading.prompt(json.loads(metadata[PROMPT]), source)
-        tiers = json.loads(metadata[TIERS]) if isinstance(metadata, dict) and TIERS in metadata else {}
-        said: dict[str, dict[str, Any]] = {}
-        for question, entries in (record.get("responses") or {}).items():
-            for user, value, status in _entries(entries):
-                if status in ("discarded", "draft"):
-                    taken.left_out[f"answers with the status {status}"] += 1
-                elif value is not None:
-                    value = {"tiers": tiers[user][question]} if question in tiers.get(user, {}) else value
-                    said.setdefault(user, {})[question] = value
-        if not said:
-            taken.left_out["records without an answer"] += 1
-        for user, values in said.items():
-            found = _values(values, list(responses), taken)
-            if found:
-                texts = tuple(responses.values())
-                taken.judged.append(Judged(prompt, texts, found, user, source, id=str(record.get("id") or "")))
-    return taken
+        with written_by("Argilla", source):
+            _read_record(row, source, taken)
+    return _settled(taken)
+
+
+def _read_record(row: dict[str, Any], source: str, taken: Taken) -> None:
+    record = row if isinstance(row.get("fields"), dict) else _of_version_1(row)
+    shown = record["fields"]
+    prompt, responses = _shown(shown, source)
+    metadata = record.get("metadata") or {}
+    metadata = json.loads(metadata) if isinstance(metadata, str) and metadata.startswith("{") else metadata
+    if isinstance(metadata, dict) and PROMPT in metadata:
+        prompt = reading.prompt(json.loads(metadata[PROMPT]), source)
+    tiers = json.loads(metadata[TIERS]) if isinstance(metadata, dict) and TIERS in metadata else {}
+    said: dict[str, dict[str, Any]] = {}
+    for question, entries in (record.get("responses") or {}).items():
+        for user, value, status in _entries(entries):
+            if status in ("discarded", "draft"):
+                taken.left_out[f"answers with the status {status}"] += 1
+            elif value is not None:
+                value = {"tiers": tiers[user][question]} if question in tiers.get(user, {}) else value
+                said.setdefault(user, {})[question] = value
+    if not said:
+        taken.left_out["records without an answer"] += 1
+    for user, values in said.items():
+        found = _values(values, list(responses), taken)
+        if found:
+            texts = tuple(responses.values())
+            taken.judged.append(Judged(prompt, texts, found, user, source, id=str(record.get("id") or "")))
 
 
 def write(given: Sequence[views.Answer], task: Task, settings: Settings) -> Lines:
@@ -170,17 +175,16 @@ def _shown(found: dict[str, Any], source: str) -> tuple[PromptText, dict[str, st
             f"{source}: fields {', '.join(map(repr, found))}. Expected a prompt ({', '.join(PROMPTS)}) and responses "
             'named "response_1", "response_2", or "response".'
         )
-    prompt = found[name]
-    return reading.prompt(prompt, source) if isinstance(prompt, list) else str(prompt), responses
+    return reading.prompt(found[name], source), responses
 
 
 def _values(values: dict[str, Any], names: Sequence[str], taken: Taken) -> dict[str, Any]:
     """A user's answers as values by number; what cannot be placed is counted."""
     found: dict[str, Any] = {}
     plain_names = [_plain(name) for name in names]
-    for question, value in values.items():
-        own = _slug(question)
-        numbered = _NUMBERED.match(own)
+    for question, given in values.items():
+        own, value = _slug(question), _whole(given)
+        stem, number = _about(own, plain_names)
         order = _order(value, plain_names)
         if order is not None:
             found[taken.ask(id=own, type="rank", ties=True)] = order
@@ -188,8 +192,8 @@ def _values(values: dict[str, Any], names: Sequence[str], taken: Taken) -> dict[
             found.setdefault(own.removesuffix("_strength"), {})["strength"] = value
         elif isinstance(value, str) and (choice := _choice(value, plain_names)) is not None:
             found.setdefault(own, {})["choice"] = choice
-        elif numbered and 1 <= int(numbered[2]) <= len(names):
-            _put(found, numbered[1].rstrip("_") or "rating", value, int(numbered[2]) - 1, len(names), taken)
+        elif number is not None:
+            _put(found, stem or "rating", value, number, len(names), taken)
         elif len(names) == 1:
             _put(found, own, value, 0, 1, taken)
         elif isinstance(value, str):
@@ -197,6 +201,22 @@ def _values(values: dict[str, Any], names: Sequence[str], taken: Taken) -> dict[
         else:
             taken.left_out[f'answers to "{question}", which names no response'] += 1
     return _finished(found, len(names), taken)
+
+
+def _about(question: str, names: Sequence[str]) -> tuple[str, int | None]:
+    """A question's name without the number at its end, and which response has that number: by its own name, in whatever
+    order they stand; by its place where no response has one. None where the number is none's."""
+    numbered = _NUMBERED.match(question)
+    if numbered is None:
+        return question, None
+    own = [found[2] if (found := _NUMBERED.match(name)) else None for name in names]
+    places = own if any(own) else [str(place) for place in range(1, len(names) + 1)]
+    return numbered[1].rstrip("_"), places.index(numbered[2]) if numbered[2] in places else None
+
+
+def _whole(value: Any) -> Any:
+    """A rating that went through a table comes back as 4.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _finished(found: dict[str, Any], count: int, taken: Taken) -> dict[str, Any]:
@@ -215,8 +235,26 @@ def _finished(found: dict[str, Any], count: int, taken: Taken) -> dict[str, Any]
     return found
 
 
+def _settled(taken: Taken) -> Taken:
+    """Where some answers to a question name a response, or a tie, and others do not, what most of them do is what was
+    asked; the others are counted: a label "unsure" beside "response_1", or a remark that reads "same"."""
+    forms = {"compare": dict, "text": str}
+    asked = [{q["id"] for q in taken.questions if q["type"] == kind} for kind in forms]
+    for name in set.intersection(*asked):
+        given = {
+            kind: [j for j in taken.judged if isinstance(j.values.get(name), form)] for kind, form in forms.items()
+        }
+        few = min(given, key=lambda kind: len(given[kind]))
+        for each in given[few]:
+            del each.values[name]
+        taken.left_out[f'answers to "{name}" that are no {"choice" if few == "text" else "text"}'] += len(given[few])
+        taken.questions = [q for q in taken.questions if (q["id"], q["type"]) != (name, few)]
+    taken.judged = [each for each in taken.judged if each.values]
+    return taken
+
+
 def _ask_compare(taken: Taken, name: str, strength: int) -> None:
-    known = next((q for q in taken.questions if q["id"] == name), None)
+    known = next((q for q in taken.questions if (q["id"], q["type"]) == (name, "compare")), None)
     if known is None:
         taken.ask(id=name, type="compare", strengths=strength, tie=True, both_bad=True)
     else:
@@ -241,9 +279,11 @@ def _put(found: dict[str, Any], name: str, value: Any, number: int, count: int, 
     elif isinstance(value, list):
         _grow(taken, name, "flags", "options", [{"id": _slug(str(each)), "label": str(each)} for each in value])
         found.setdefault(name, [[] for _ in range(count)])[number] = [_slug(str(each)) for each in value]
-    else:
+    elif isinstance(value, str):
         taken.ask(id=name, type="rewrite", required=False)
         found.setdefault(name, [None] * count)[number] = value
+    else:
+        taken.left_out[f'answers to "{name}" of a form that palate has no question for'] += 1
 
 
 def _span(span: dict[str, Any], name: str, taken: Taken) -> dict[str, Any]:

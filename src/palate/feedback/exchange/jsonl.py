@@ -13,16 +13,17 @@ from typing import Any
 
 from palate.data.files import rows
 from palate.data.formats.detect import convert_record
-from palate.data.kinds import Comparison, Judgement, Prompt, Ranking, Unusable
+from palate.data.kinds import Comparison, Judgement, Prompt, Ranking, Unusable, describe
 from palate.errors import DataError
-from palate.feedback.exchange.taken import UNKNOWN, Judged, Taken
+from palate.feedback.exchange.taken import UNKNOWN, Judged, Taken, written_by
 
 
 def read(where: str | Path) -> Taken:
     taken = Taken("jsonl")
     for source, row in rows(where):
         if "values" in row and "responses" in row:
-            _answer(row, source, taken)
+            with written_by("palate label export", source):
+                _answer(row, source, taken)
             continue
         try:
             records = convert_record(row, _kind(row, source), source)
@@ -50,6 +51,8 @@ def _kind(row: dict[str, Any], source: str) -> str:
 
 def _judged(record: Any, row: dict[str, Any], source: str, taken: Taken) -> None:
     people = row.get("annotators") or [row.get("annotator") or getattr(record, "annotator", None) or UNKNOWN]
+    if not isinstance(people, list):
+        raise DataError(f'{source}: "annotators" is {describe(people)}. Expected a list of names.')
     if len(people) > 1:
         taken.left_out["of several people together"] += 1
         return

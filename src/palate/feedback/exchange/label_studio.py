@@ -34,10 +34,12 @@ from palate.feedback.exchange.argilla import (
     _finished,
     _plain,
     _put,
+    _settled,
     _slug,
+    _whole,
 )
 from palate.feedback.exchange.lines import Lines, Settings, plain, prompt_text
-from palate.feedback.exchange.taken import UNKNOWN, Judged, Taken
+from palate.feedback.exchange.taken import UNKNOWN, Judged, Taken, written_by
 from palate.feedback.task import Task
 
 PROMPT = "palate_prompt"
@@ -54,27 +56,32 @@ def read(where: str | Path) -> Taken:
                 f'{source}: found {found}. Expected "data" and "annotations": export the project as JSON, not JSON-MIN.'
             )
         for number, annotation in enumerate(annotations, 1):
-            if annotation.get("was_cancelled") or annotation.get("skipped"):
-                taken.left_out["skipped annotations"] += 1
-                continue
-            prompt, names, texts = _shown(data, annotation.get("result") or [], source)
-            values = _values(annotation.get("result") or [], names, taken)
-            if not values:
-                taken.left_out["annotations without an answer"] += 1
-                continue
-            taken.judged.append(
-                Judged(
-                    prompt,
-                    texts,
-                    values,
-                    annotator=_who(annotation.get("completed_by")),
-                    place=f"{source} annotation {number}",
-                    id=str(annotation.get("id") or ""),
-                    seconds=annotation.get("lead_time"),
-                    time=annotation.get("created_at"),
-                )
-            )
-    return taken
+            with written_by("Label Studio", place := f"{source} annotation {number}"):
+                _read_annotation(data, annotation, place, taken)
+    return _settled(taken)
+
+
+def _read_annotation(data: dict[str, Any], annotation: dict[str, Any], place: str, taken: Taken) -> None:
+    if annotation.get("was_cancelled") or annotation.get("skipped"):
+        taken.left_out["skipped annotations"] += 1
+        return
+    prompt, names, texts = _shown(data, annotation.get("result") or [], place)
+    values = _values(annotation.get("result") or [], names, taken)
+    if not values:
+        taken.left_out["annotations without an answer"] += 1
+        return
+    taken.judged.append(
+        Judged(
+            prompt,
+            texts,
+            values,
+            annotator=_who(annotation.get("completed_by")),
+            place=place,
+            id=str(annotation.get("id") or ""),
+            seconds=annotation.get("lead_time"),
+            time=annotation.get("created_at"),
+        )
+    )
 
 
 def write(given: Sequence[views.Answer], task: Task, settings: Settings) -> Lines:
@@ -186,6 +193,9 @@ def _shown(
     pointed = pairwise[0].split(",") if pairwise else []
     pair = [key.strip() for key in pointed if key.strip() in fields]
     names = pair if len(pair) == 2 else [key for key in fields if _RESPONSE.match(_plain(key))]
+    if not name and PROMPT not in data and set(fields) - set(names):
+        rest = ", ".join(map(repr, fields.keys() - set(names)))
+        raise DataError(f"{source}: no prompt in the data. Found: {rest}. Expected one of {', '.join(PROMPTS)}.")
     if not names:
         raise DataError(
             f"{source}: data {', '.join(map(repr, data))}: which of them are responses? Expected names such as "
@@ -217,8 +227,8 @@ def _values(results: Sequence[dict[str, Any]], names: Sequence[str], taken: Take
                 taken.left_out["rankings that do not place every response once"] += 1
             else:
                 found[taken.ask(id=own, type="rank", ties=True)] = order
-        elif own.endswith("_strength") and isinstance(value.get("rating"), int):
-            found.setdefault(own.removesuffix("_strength"), {})["strength"] = value["rating"]
+        elif own.endswith("_strength") and isinstance(strength := _whole(value.get("rating")), int):
+            found.setdefault(own.removesuffix("_strength"), {})["strength"] = strength
         elif "labels" in value and "start" in value:
             made = {"start": value["start"], "end": value["end"], "label": value["labels"][0]}
             spans[str(result.get("id"))] = {"name": own, "span": made, "to": result.get("to_name")}
@@ -241,7 +251,7 @@ def _values(results: Sequence[dict[str, Any]], names: Sequence[str], taken: Take
 def _entry(kind: str | None, value: dict[str, Any], result: dict[str, Any]) -> Any:
     """The value of a rating, a choice or a text; None for other types."""
     if kind == "rating":
-        return value.get("rating")
+        return _whole(value.get("rating"))
     if kind == "choices":
         choices = [str(each) for each in value.get("choices") or []]
         alone = len(choices) == 1 and choices[0].lower() in _GOOD | _BAD and result.get("palate") != "flags"

@@ -7,12 +7,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from palate.data.files import rows
-from palate.data.formats import fields
+from palate.data.formats import rlhf_v
+from palate.data.kinds import Comparison
 from palate.feedback.exchange.corrections import corrected
 from palate.feedback.exchange.lines import Lines, Settings, as_json, question_text
 from palate.feedback.exchange.taken import Judged, Taken
@@ -25,8 +25,9 @@ def read(where: str | Path) -> Taken:
     taken = Taken("rlhf_v")
     name = taken.ask(id="correction", type="rewrite", required=False)
     for source, row in rows(where):
-        text = json.loads(row["text"]) if isinstance(row.get("text"), str) else row
-        prompt, chosen, rejected = (fields.text(text, key, source) for key in ("question", "chosen", "rejected"))
+        (record,) = rlhf_v.convert(row, "comparisons", source)
+        assert isinstance(record, Comparison)
+        prompt, chosen, rejected = record.prompt, record.chosen, record.rejected
         who = str(row.get("annotator") or "unknown")
         taken.judged.append(Judged(prompt, (rejected,), {name: [chosen]}, who, source, id=str(row.get("idx", ""))))
     return taken

@@ -13,15 +13,16 @@ import hashlib
 import json
 import secrets
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from palate.data.kinds import PromptText, prompt_key
-from palate.errors import FeedbackError
+from palate.data.kinds import Judgement, PromptText, at, describe, prompt_key
+from palate.errors import DataError, FeedbackError, PalateError
 from palate.feedback.items import Candidate, add_items
 from palate.feedback.questions import BadAnswer
 from palate.feedback.store import Store, Transaction
@@ -46,6 +47,8 @@ class Judged:
         id: the tool's own id of the judgement, if it has one.
         seconds: time spent, or None.
         time: when, ISO 8601, or None.
+    Raises:
+        DataError: something of another type than that, or text that cannot be stored.
     """
 
     prompt: PromptText
@@ -57,6 +60,35 @@ class Judged:
     id: str = ""
     seconds: float | None = None
     time: str | None = None
+
+    def __post_init__(self) -> None:
+        for text in self.responses:
+            checked = Judgement(self.prompt, text, True, source=self.place)  # checked like any text
+            object.__setattr__(self, "prompt", checked.prompt)
+        if not all(isinstance(source, Mapping) for source in self.sources):
+            raise DataError(at(self.place, f'"sources" is {describe(list(self.sources))}. Expected a list of objects.'))
+        if self.seconds is not None:
+            number = isinstance(self.seconds, int | float) and not isinstance(self.seconds, bool)
+            if not number or not 0 <= self.seconds < 1e7:
+                raise DataError(at(self.place, f"the time spent is {describe(self.seconds)}. Expected seconds, >= 0."))
+        if self.time is not None and not isinstance(self.time, str):
+            raise DataError(at(self.place, f"the time is {describe(self.time)}. Expected a text, ISO 8601."))
+        try:
+            canonical_json([self.values, self.annotator, self.sources]).encode()
+        except (TypeError, ValueError) as error:  # half a character, or NaN
+            raise DataError(at(self.place, f"this judgement cannot be stored: {error}.")) from None
+
+
+@contextmanager
+def written_by(tool: str, source: str) -> Iterator[None]:
+    """Another tool's line is read as that tool writes it; what has another form is the file's fault, told with its place."""
+    try:
+        yield
+    except PalateError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise DataError(f"{source}: not of the form that {tool} writes ({found}). Export it again.") from error
 
 
 @dataclass
@@ -194,7 +226,11 @@ def _fitting(each: Judged, taken: Taken, task: Task, left_out: Counter[str]) -> 
     ids = [f"r{number}" for number in range(len(each.responses))]
     for name, value in each.values.items():
         asked = next((q for q in taken.questions if q["id"] == name), {"type": None})
-        found = _translated(name, value, asked["type"], len(each.responses), task)
+        try:
+            found = _translated(name, value, asked["type"], len(each.responses), task)
+        except (KeyError, IndexError, TypeError, ValueError):
+            left_out[f'values that do not fit the question "{name}"'] += 1
+            continue
         if found is None:
             continue
         question, value = found

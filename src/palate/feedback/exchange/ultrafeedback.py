@@ -20,7 +20,7 @@ from palate.data.formats import fields
 from palate.data.formats.ultrafeedback import SCORES
 from palate.feedback import views
 from palate.feedback.exchange.lines import Lines, Settings, needed, question_text
-from palate.feedback.exchange.taken import UNKNOWN, Judged, Taken
+from palate.feedback.exchange.taken import UNKNOWN, Judged, Taken, written_by
 from palate.feedback.task import Task
 
 ORDER = "order"  # the aspect of a rank question: its "Rating" is the rank
@@ -30,13 +30,14 @@ def read(where: str | Path) -> Taken:
     taken = Taken("ultrafeedback")
     for source, row in rows(where):
         prompt = fields.text(row, "instruction", source)
-        completions = row.get("completions") or []
+        completions = fields.objects(row.get("completions") or [], "completions", source)
         texts = tuple(fields.text(each, "response", source) for each in completions)
         if len(texts) < 2:
             taken.left_out["with fewer than two completions"] += 1
             continue
         sources = tuple({"model": each["model"]} if each.get("model") else {} for each in completions)
-        by_person = _by_person(completions)
+        with written_by("UltraFeedback", source):
+            by_person = _by_person(completions)
         scores = [_score(each) for each in completions]
         if not by_person.get(UNKNOWN, {}).get(ORDER) and list(by_person) in ([], [UNKNOWN]) and None not in scores:
             order = sorted(set(scores), reverse=True)  # type: ignore[type-var]
@@ -150,7 +151,7 @@ def _score(completion: dict[str, Any]) -> float | None:
     for name in SCORES:
         try:
             score = float(completion.get(name))  # type: ignore[arg-type]
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             continue
         if math.isfinite(score):
             return score
