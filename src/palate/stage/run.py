@@ -307,6 +307,7 @@ def loop_run(stage: Stage) -> Run:
             engine=stage.engine,
             keeps_logprobs=keeps_logprobs(config, stage.models.policy),
         )
+        rollout.check_angles([*stage.items.train, *stage.items.validation])
     return Run(
         folder=config.out,
         method=method,
