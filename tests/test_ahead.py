@@ -306,6 +306,21 @@ def test_a_method_that_does_not_sample_refuses(tmp_path):
         next(train(run))
 
 
+@pytest.mark.parametrize("filtered", [{"top_p": 0.9}, {"top_k": 5}, {"min_new_tokens": 2}], ids=str)
+def test_filters_of_the_sampler_refuse_where_there_are_weights(filtered, tmp_path):
+    """pi / mu of the whole softmax is no ratio of what was drawn; online_dpo is right whoever drew."""
+    (found,) = (f"sampling.{name}={value}" for name, value in filtered.items())
+    given = {"model": "m", "reward": "a:b", "data": "d.jsonl", "out": "o", "sampling": filtered}
+    with pytest.raises(ConfigError, match=f"{found} with training.rollouts_ahead.* weights of rloo"):
+        require_all(load_settings("rloo", settings=given | {"training": {"rollouts_ahead": 1}}))
+    require_all(load_settings("rloo", settings=given))
+    require_all(load_settings("online_dpo", settings=given | {"training": {"rollouts_ahead": 1}}))
+    run = new_run(RLOO(), tmp_path)
+    run.rollout = replace(run.rollout, sampling=SamplingSettings(max_new_tokens=6, **filtered))
+    with pytest.raises(ConfigError, match=f"{found} with training.rollouts_ahead"):
+        next(train(run))
+
+
 def test_an_environment_refuses(tmp_path):
     run = new_run(GRPO(), tmp_path)
     run.rollout.environment = object()

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from palate.models import blocks, forward, trunk
 from palate.models.forward import response_scores, token_logprobs, token_values
 from palate.types import Tokens
 from test_forward import scalar_of
-from tiny import rows, tiny
+from tiny import longrope, rows, tiny
 
 KNOWN = {
     "llama": {"num_attention_heads": 4, "num_key_value_heads": 2},  # heads that share keys and values
@@ -147,14 +146,7 @@ def test_a_float64_model_is_masked_in_float64():
 @pytest.mark.parametrize("architecture", ["llama", "phi3"])
 def test_angles_that_change_with_the_rows_length_are_not_those_of_longer_company(architecture):
     """LongRoPE turns rows of more than 8 tokens otherwise; transformers asks the longest row of a call."""
-    rope = {"rope_type": "longrope", "original_max_position_embeddings": 8, "rope_theta": 100.0}
-    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
-    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
-    sizes |= {"original_max_position_embeddings": 8, "initializer_range": 0.2, "pad_token_id": 0}
-    config = AutoConfig.for_model(architecture, **sizes, rope_parameters=rope)
-    torch.manual_seed(0)
-    policy = AutoModelForCausalLM.from_config(config).eval()
+    policy = longrope(architecture, turning=8)
     tokens = rows(12, 8, 5, 9, 3)
     with torch.no_grad():
         together = token_logprobs(policy, tokens)
@@ -163,3 +155,26 @@ def test_angles_that_change_with_the_rows_length_are_not_those_of_longer_company
             logprobs = policy(input_ids=row[None], use_cache=False).logits[0].log_softmax(-1)
             alone = logprobs[1:-1].gather(-1, row[2:, None])[:, 0]
             assert torch.allclose(together[number, 2:length], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(8, 8), (8, 6), (6, 8), (8, None), (None, 8)])
+@pytest.mark.parametrize("way", ["heads", "whole models"])
+def test_of_two_models_neither_is_asked_about_a_row_in_longer_company(lengths, way, monkeypatch):
+    """Each has its own length at which its angles change, or none."""
+    if way == "whole models":
+        monkeypatch.setattr(forward, "plain_head", lambda model: None)
+    policy, reference = (
+        tiny("llama", seed=n) if turning is None else longrope(turning=turning, seed=n)
+        for n, turning in enumerate(lengths)
+    )
+    tokens = rows(12, 8, 5, 9, 7, 6, 3)
+    with torch.no_grad():
+        logprobs, kl = forward.token_logprobs_and_kl(policy, reference, tokens)
+        for number in range(len(tokens)):
+            alone = tokens.select(torch.tensor([number]))
+            ours, others = (model(input_ids=alone.ids).logits[0, :-1].log_softmax(-1) for model in (policy, reference))
+            mask = alone.response_mask[0, 1:]
+            wanted = (others.exp() * (others - ours)).sum(-1)[mask]
+            assert torch.allclose(kl[number][tokens.response_mask[number]], wanted, atol=1e-5)
+            wanted = ours.gather(-1, alone.ids[0, 1:, None])[mask, 0]
+            assert torch.allclose(logprobs[number][tokens.response_mask[number]], wanted, atol=1e-5)

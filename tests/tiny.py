@@ -2,7 +2,7 @@
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from palate.models.load import LoraSettings, new_policy
 from palate.types import Tokens
@@ -36,6 +36,17 @@ def tiny(architecture="llama", tokenizer=None, seed=0, **more):
     size = {"hidden_size": 16, "num_hidden_layers": 2, "initializer_range": 0.2}
     config = {"architecture": architecture} | size | SMALL[architecture] | more
     return new_policy(config, tokenizer or tokenizer_of(), seed)
+
+
+def longrope(architecture="llama", turning=8, seed=0):
+    """A model that turns rows of more than ``turning`` tokens by other angles."""
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": turning, "rope_theta": 100.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64}
+    sizes |= {"original_max_position_embeddings": turning, "initializer_range": 0.2, "pad_token_id": 0}
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes, rope_parameters=rope)).eval()
 
 
 def rows(*lengths, vocab=20, seed=0, prompt=2):

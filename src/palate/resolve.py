@@ -100,7 +100,7 @@ def require_all(config: RunConfig) -> None:
             f"environment: {config.method.name} samples nothing, so there is nobody to answer. Leave it out, or take a method "
             "that reads prompts."
         )
-    check_ahead(config.training, method, environment=config.environment is not None)
+    check_ahead(config.training, method, environment=config.environment is not None, filters=config.sampling.filters)
     _check_importance(config)
     _check_sharing(config)
     if config.engine == "vllm":

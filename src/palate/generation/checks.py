@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from palate.errors import ConfigError, DataError, ModelError
+from palate.models.rotary import turning_length
 
 # Layers that keep keys and values of every token; the others keep a state that cannot be cut or padded.
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -70,6 +71,34 @@ def check_room(prompts: Sequence[Sequence[int]], context: int, records: Sequence
                 f"model's context is {context} tokens, prompt and response together. Shorten the prompt or set a "
                 "smaller max_prompt_length."
             )
+
+
+def check_angles(
+    models: Sequence[nn.Module],
+    prompts: Sequence[Sequence[int]],
+    room: int,
+    context: int,
+    records: Sequence[Any] | None,
+) -> None:
+    """No row may come to cross the length above which LongRoPE turns all of it otherwise.
+
+    What was drawn below that length followed the one set of angles; a trainer, which sees the whole row, goes by the other.
+    Rows that begin above it, and rows that cannot get there, are turned one way from their first token to their last.
+
+    Args:
+        models: those that say how probable a token is.
+        room: tokens that a prompt may grow by; context: tokens of prompt and response together; at most, both.
+    """
+    for limit in {turning_length(model) for model in models}:
+        for number, prompt in enumerate(prompts):
+            longest = min(len(prompt) + room, context)
+            if len(prompt) <= limit < longest:
+                raise DataError(
+                    f"{name_prompt(number, records)} has {len(prompt)} tokens, and with its response may have {longest}: the "
+                    f"model turns rows of more than {limit:g} tokens by other angles (LongRoPE), all of a row, so that the "
+                    f"response would begin as the one model's and end as another's. Set data.max_length to {limit:g}, lower "
+                    "sampling.max_new_tokens, or leave the prompt out."
+                )
 
 
 def name_prompt(number: int, records: Sequence[Any] | None) -> str:

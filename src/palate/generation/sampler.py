@@ -15,17 +15,19 @@ that happened in no row in fp32 and in one in bf16.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 
 from palate.errors import ModelError
-from palate.generation.checks import check_request, check_room, context_length, name_prompt
+from palate.generation.checks import check_angles, check_request, check_room, context_length, name_prompt
 from palate.generation.decode import Batch, Drawn, Rows, decode
 from palate.generation.settings import SamplingSettings
 from palate.generation.uniform import uniforms
 from palate.generation.voices import ready, voices_of
+from palate.models.rotary import turning_length
 from palate.types import Tokens
 
 __all__ = ["SamplingSettings", "sample"]
@@ -88,7 +90,8 @@ def sample(
     Raises:
         ConfigError: K, ``max_batch_rows``, ``mixture`` or a stop token is out of range, or ``records`` is not one for
             each prompt.
-        DataError: a prompt is empty, holds an id outside the vocabulary, or leaves no room in the model's context.
+        DataError: a prompt is empty, holds an id outside the vocabulary, leaves no room in the model's context, or may grow
+            to where LongRoPE turns rows otherwise.
         ModelError: a model has layers that the cache cannot serve, its logits are NaN, or vocabularies differ.
     """
     voices = voices_of(model, other, mixture)
@@ -97,6 +100,7 @@ def sample(
     for voice in voices:
         check_request(voice.model, prompts, samples_per_prompt, stop_token_ids, max_batch_rows, records)
     check_room(prompts, context, records)
+    check_angles([voice.model for voice in voices], prompts, settings.max_new_tokens, context, records)
     device, rows = next(voices[0].model.parameters()).device, len(prompts) * samples_per_prompt
     place = torch.tensor(numbers or [(p, 0) for p in range(len(prompts))], device=device)
     seed = _seed(generator) if settings.temperature else 0
@@ -124,7 +128,8 @@ def sample(
         if all(each.refills for each in steps):
             few = _SHARING if 1 < samples_per_prompt and rows <= max_batch_rows else _TOGETHER
             together = min(together, max(few, samples_per_prompt, max_batch_rows // _TOGETHER))
-        batches = _batches(prompts, samples_per_prompt, together, device)
+        turns = [turning_length(voice.model) for voice in voices]
+        batches = _batches(prompts, samples_per_prompt, together, device, turns)
         drawn = decode(voices, steps, batches, facts, settings, stop=stop, max_rows=max_batch_rows, ended=count)
     return _tokens(prompts, samples_per_prompt, drawn, device, records)
 
@@ -133,16 +138,23 @@ def _seed(generator: torch.Generator) -> int:
     return int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
 
 
-def _batches(prompts: Sequence[Sequence[int]], copies: int, max_rows: int, device: torch.device) -> Iterator[Batch]:
-    """Every row once: prompts of like length together, a prompt's samples together if they fit."""
+def _batches(
+    prompts: Sequence[Sequence[int]], copies: int, max_rows: int, device: torch.device, turns: Sequence[float]
+) -> Iterator[Batch]:
+    """Every row once: prompts of like length together, a prompt's samples together if they fit.
+
+    No batch holds rows on both sides of a length in ``turns``: a model's rotary angles are those of a batch's longest row.
+    """
     by_length = sorted(range(len(prompts)), key=lambda p: len(prompts[p]))
+    sides = [list(side) for _, side in groupby(by_length, lambda p: sum(len(prompts[p]) > turn for turn in turns))]
     for first in range(0, copies, max_rows):
         samples = torch.arange(first, min(first + max_rows, copies), device=device)
         at_once = max_rows // len(samples)
-        for start in range(0, len(prompts), at_once):
-            some = by_length[start : start + at_once]
-            rows = torch.tensor(some, device=device)[:, None] * copies + samples
-            yield Batch([prompts[p] for p in some], rows.flatten())
+        for side in sides:
+            for start in range(0, len(side), at_once):
+                some = side[start : start + at_once]
+                rows = torch.tensor(some, device=device)[:, None] * copies + samples
+                yield Batch([prompts[p] for p in some], rows.flatten())
 
 
 def _tokens(

@@ -44,6 +44,12 @@ class SamplingSettings:
         _expect(0 < self.top_p <= 1, f"top_p = {self.top_p}: expected more than 0 and at most 1 (1 = all tokens)")
         _expect(self.top_k >= 0, f"top_k = {self.top_k}: expected 0 (all tokens) or a positive number")
 
+    @property
+    def filters(self) -> list[str]:
+        """The settings, as they are written, that make the drawn distribution another one than the policy's."""
+        on = {"top_p": self.top_p < 1, "top_k": self.top_k > 0, "min_new_tokens": self.min_new_tokens > 0}
+        return [f"sampling.{name}={getattr(self, name)}" for name, is_on in on.items() if is_on]
+
 
 def _expect(holds: bool, message: str) -> None:
     if not holds:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
-from palate.generation.checks import check_request, check_room, context_length
+from palate.generation.checks import check_angles, check_request, check_room, context_length
 from palate.generation.draw import draw
 from palate.generation.plain import forward_of
 from palate.generation.sampler import _seed
@@ -49,6 +49,7 @@ def stream(
     context = context_length(model)
     check_request(model, [prompt], 1, stop_token_ids, 1, None)
     check_room([prompt], context, None)
+    check_angles([model], [prompt], settings.max_new_tokens, context, None)
     device = next(model.parameters()).device
     steps, stops = min(settings.max_new_tokens, context - len(prompt)), set(stop_token_ids)
     zero = torch.zeros(1, dtype=torch.long, device=device)

@@ -22,7 +22,7 @@ def response_distributions(model: nn.Module, tokens: Tokens, *, temperature: flo
     Twice differentiable. The order of rows depends on lengths only, so two calls for the same rows agree.
     """
     inner, adapter = _unwrap(model)
-    for bucket in _buckets(inner, tokens):
+    for bucket in _buckets(tokens, inner):
         with adapter(), sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
             logits = inner(input_ids=bucket.ids, use_cache=False).logits
         yield (logits[bucket.row, bucket.position - 1] / temperature).log_softmax(-1)

@@ -154,21 +154,21 @@ def _scatter(tokens: Tokens, parts: list[tuple[Tensor, Tensor, Tensor]]) -> Tens
     return torch.zeros(tokens.ids.shape, dtype=values.dtype, device=device).index_put((rows, columns), values)
 
 
-def _buckets(model: Any, tokens: Tokens) -> Iterator[_Bucket]:
+def _buckets(tokens: Tokens, *models: Any) -> Iterator[_Bucket]:
     """Rows by length, longest first, each bucket of at most ``BUCKET_TOKENS`` padded tokens.
 
-    No bucket holds rows on both sides of the length that changes the model's rotary angles.
+    No bucket holds rows on both sides of a length that changes the rotary angles of one of the models that run it.
     """
     budget = BUCKET_TOKENS.get(tokens.ids.device.type, 16384)
     lengths = tokens.attention_mask.sum(-1)
     order = torch.argsort(lengths, descending=True, stable=True)
     sorted_lengths = lengths[order].tolist()
-    limit = turning_length(model)
-    turned = sum(length > limit for length in sorted_lengths)
+    limits = [turning_length(model) for model in models]
+    turned = [sum(length > limit for length in sorted_lengths) for limit in limits]
     start = 0
     while start < len(order) and sorted_lengths[start]:
         stop = start + max(1, budget // sorted_lengths[start])
-        stop = min(stop, turned) if start < turned else stop
+        stop = min([stop, *(rows for rows in turned if rows > start)])
         yield _bucket(tokens, order[start:stop], sorted_lengths[start])
         start = stop
 
@@ -237,7 +237,7 @@ def _scatter_states(tokens: Tokens, reads: list[_Read]) -> Tensor:
 
 def _padded(model: Any, adapter: Context, tokens: Tokens, at_last: bool) -> Iterator[_Read]:
     """Through the model's own forward, bucket by bucket."""
-    for bucket in _buckets(model, tokens):
+    for bucket in _buckets(tokens, model):
         with adapter(), _autocast(model, bucket.ids.device), checkpointing_layers(model, adapter):
             hidden = model.base_model(input_ids=bucket.ids, use_cache=False).last_hidden_state
         row, position = bucket.row, bucket.position
@@ -357,7 +357,7 @@ def _whole_model(
     model: Any, adapter: Context, tokens: Tokens, temperature: float
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The slow way, right for any model: all logits of a bucket, then the response tokens' rows."""
-    for bucket in _buckets(model, tokens):
+    for bucket in _buckets(tokens, model):
         with adapter(), _autocast(model, bucket.ids.device), checkpointing_layers(model, adapter):
             logits = model(input_ids=bucket.ids, use_cache=False).logits
         logp = (_wide(logits[bucket.row, bucket.position - 1]) / temperature).log_softmax(-1)
@@ -400,7 +400,7 @@ def _whole_models(
     model: nn.Module, other: nn.Module, tokens: Tokens, temperature: float
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The same, the slow way: all logits of a bucket, of both models."""
-    for bucket in _buckets(_unwrap(model)[0], tokens):
+    for bucket in _buckets(tokens, _unwrap(model)[0], _unwrap(other)[0]):
         found = []
         for role, gradient in ((model, torch.is_grad_enabled()), (other, False)):
             inner, adapter = _unwrap(role)

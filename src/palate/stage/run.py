@@ -228,12 +228,9 @@ def _check_held_out(config: RunConfig, items: Sides) -> None:
 
 def _say_what_truncates(config: RunConfig, say: Say) -> None:
     """Filters of the sampler make another distribution than the one whose log-probabilities are trained."""
-    sampling = config.sampling
-    filters = {"top_p": sampling.top_p < 1, "top_k": sampling.top_k > 0, "min_new_tokens": sampling.min_new_tokens > 0}
-    on = [f"sampling.{name}={getattr(sampling, name)}" for name, is_on in filters.items() if is_on]
-    if on:
+    if config.sampling.filters:
         say(
-            f"warning: {', '.join(on)} cuts the distribution that responses are drawn from, but not the one that is trained: "
+            f"warning: {', '.join(config.sampling.filters)} cuts the distribution that responses are drawn from, but not the one that is trained: "
             "log-probabilities are of the whole softmax, and the KL may come out negative. Leave it out in training."
         )
 
@@ -307,6 +304,7 @@ def loop_run(stage: Stage) -> Run:
             engine=stage.engine,
             keeps_logprobs=keeps_logprobs(config, stage.models.policy),
         )
+        rollout.check_angles([*stage.items.train, *stage.items.validation])
     return Run(
         folder=config.out,
         method=method,

@@ -21,7 +21,7 @@ from palate.data.collate import Item, prompt_ids
 from palate.data.kinds import Conversation, Message, Prompt, PromptText, at
 from palate.environment import Environment
 from palate.errors import DataError, ModelError
-from palate.generation.checks import context_length
+from palate.generation.checks import check_angles, context_length
 from palate.training.order import seeded
 from palate.training.rollouts import Rollout
 from palate.types import Tokens
@@ -62,6 +62,7 @@ class Conversations(Rollout):
             for p, (item, ids) in enumerate(zip(items, prompt_ids(items), strict=True))
             for s in range(copies)
         ]
+        self.check_angles(items)
         generator, longest = seeded(*seed), self._longest()
         for turn in range(self.max_turns):
             speakers = [talk for talk in talks if talk.goes_on]
@@ -88,9 +89,13 @@ class Conversations(Rollout):
                 progress(sum(not talk.goes_on for talk in talks), len(talks))
         return self._rows(talks, items)
 
+    def check_angles(self, items: Sequence[Item]) -> None:
+        """A conversation may grow to its longest, whoever speaks."""
+        longest = self._longest()
+        check_angles(self.speakers, prompt_ids(items), longest, longest, [item.record for item in items])
+
     def _longest(self) -> int:
-        models = [self.policy, *([self.reference] if {"reference", "mixture"} & {*self.drawn_by} else [])]
-        longest = min(context_length(getattr(model, "policy", model)) for model in models if model is not None)
+        longest = min(map(context_length, self.speakers))
         return longest if self.max_length is None else min(longest, self.max_length)
 
     def _answer(self, talk: _Talk, longest: int, source: str) -> None:

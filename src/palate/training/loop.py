@@ -21,6 +21,7 @@ import torch
 from palate.data.collate import Item
 from palate.errors import ConfigError, DataError
 from palate.functional.trust_region import TrustRegion
+from palate.generation.settings import SamplingSettings
 from palate.methods.sft import SFT
 from palate.models.activations import checkpoint_activations
 from palate.training import checkpoint, guards, log
@@ -96,7 +97,8 @@ def train(run: Run) -> Iterator[Metrics]:
     if not run.items:
         raise DataError(f"{run.folder}: there is nothing to train on; the data gave no items.")
     total = run.settings.total_steps(len(run.items))
-    check_ahead(run.settings, run.method, environment=hasattr(run.rollout, "environment"))
+    filters = getattr(run.rollout, "sampling", SamplingSettings()).filters
+    check_ahead(run.settings, run.method, environment=hasattr(run.rollout, "environment"), filters=filters)
     if run.settings.rollouts_ahead:
         assert run.rollout is not None
         run.ahead = Ahead(run.rollout, run.items, run.settings, total)

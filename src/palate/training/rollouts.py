@@ -12,6 +12,7 @@ from torch import nn
 
 from palate.data.chat import Chat
 from palate.data.collate import Item, prompt_ids
+from palate.generation.checks import check_angles, context_length
 from palate.generation.engines import Engine
 from palate.generation.sampler import SamplingSettings, sample
 from palate.training.order import seeded
@@ -87,6 +88,17 @@ class Rollout:
                 other=self.reference if who in ("reference", "mixture") else None,
                 mixture={"reference": 1.0, "mixture": self.mixture}.get(who, 0.0),
             )
+
+    @property
+    def speakers(self) -> list[nn.Module]:
+        """The models that draw."""
+        models = [self.policy, *([self.reference] if {"reference", "mixture"} & {*self.drawn_by} else [])]
+        return [getattr(model, "policy", model) for model in models if model is not None]
+
+    def check_angles(self, items: Sequence[Item]) -> None:
+        """Before anything is drawn: refuse prompts whose rows may cross LongRoPE's length; see ``checks.check_angles``."""
+        context, records = min(map(context_length, self.speakers)), [item.record for item in items]
+        check_angles(self.speakers, prompt_ids(items), self.sampling.max_new_tokens, context, records)
 
     def texts(self, tokens: Tokens, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Prompt, response and whether it ended by itself, of the given rows: what ``palate score`` reads again."""

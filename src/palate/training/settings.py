@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -131,12 +132,14 @@ class TrainingSettings:
         return max(1, math.ceil(batches - 1e-9))  # up: no item of the last epoch is left out
 
 
-def check_ahead(settings: TrainingSettings, method: Method, *, environment: bool) -> None:
+def check_ahead(settings: TrainingSettings, method: Method, *, environment: bool, filters: Sequence[str] = ()) -> None:
     """Refuse to draw ahead where that would be wrong.
 
+    Args:
+        filters: settings of the sampler that make the drawn distribution another one than the policy's.
     Raises:
-        ConfigError: the method samples nothing, or has no correction for responses of an older policy; or an environment
-            answers, and what it said cannot be kept in a checkpoint.
+        ConfigError: the method samples nothing, or has no correction for responses of an older policy, or none once they
+            are filtered; or an environment answers, and what it said cannot be kept in a checkpoint.
     """
     if not settings.rollouts_ahead:
         return
@@ -148,6 +151,12 @@ def check_ahead(settings: TrainingSettings, method: Method, *, environment: bool
         raise ConfigError(
             f"{found} with these settings has no correction for responses of an older policy: it would learn something "
             "else. Leave it out, or take a method that has one (docs/asynchronous.md lists them)."
+        )
+    if filters and method.off_policy == "weights":  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"{', '.join(filters)} with training.rollouts_ahead: responses are then drawn from less than the whole softmax, and "
+            f"the importance weights of {name} are ratios of whole ones: they would correct for another draw than there was. "
+            "Leave the one or the other out."
         )
     if environment:
         raise ConfigError(
