@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from palate.training.loop import Run, train
 from palate.training.rollouts import Rollout
 from palate.training.settings import TrainingSettings
 from palate.types import Models
+from resuming import everything, stopped_and_resumed
 from tiny import LORA, tiny, tokenizer_of, trained
 
 METHODS = {
@@ -71,10 +73,6 @@ def new_run(method, folder, policy=None, **changes):
         validation=items[6:],
         rollout=Rollout(policy, chat, SamplingSettings(max_new_tokens=6), 2, whose, models.reference),
     )
-
-
-def everything(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def entries(folder):
@@ -196,16 +194,9 @@ def test_stopped_anywhere_and_resumed_is_bit_identical(name, tmp_path):
     wanted, weights = everything(tmp_path / "whole"), weights_of(run.models)
     assert "checkpoints/step-4/rollout.safetensors" in wanted
     assert "checkpoints/step-6/rollout.safetensors" not in wanted, "nothing is drawn for a batch that does not come"
-    for number, stops in enumerate([(6, 3)]):
-        folder = tmp_path / str(number)
-        for stop in stops:
-            steps = train(new_run(method, folder))
-            for _ in range(stop):
-                next(steps)
-            steps.close()
-        list(train(resumed := new_run(method, folder)))
-        assert everything(folder) == wanted, stops
-        assert all(torch.equal(value, weights[role]) for role, value in weights_of(resumed.models).items())
+    resumed = stopped_and_resumed(partial(new_run, method), tmp_path / "stopped", 6, 3)
+    assert everything(tmp_path / "stopped") == wanted
+    assert all(torch.equal(value, weights[role]) for role, value in weights_of(resumed.models).items())
 
 
 def test_a_stored_batch_comes_back_with_its_records(tmp_path):

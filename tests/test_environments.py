@@ -44,6 +44,7 @@ from palate.training.environments import Conversations
 from palate.training.loop import train
 from palate.training.rollouts import Rollout
 from palate.types import Models, groups
+from resuming import stopped_and_resumed
 from test_methods_contract import assert_same
 from tiny import tiny, tokenizer_of
 
@@ -615,12 +616,7 @@ def test_a_run_with_an_environment_resumes_bit_identically_and_shows_its_convers
         return replace(run, items=items, validation=items[:2], rollout=rollout)
 
     list(train(whole := fresh(tmp_path / "whole")))
-    for stop in (1, 3):
-        steps = train(fresh(tmp_path / "part"))
-        for _ in range(stop):
-            next(steps)
-        steps.close()
-    list(train(part := fresh(tmp_path / "part")))
+    part = stopped_and_resumed(fresh, tmp_path / "part", 1, 3)
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert all(torch.equal(v, weights_of(part.models)[k]) for k, v in weights_of(whole.models).items())

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from palate.training.optimizer import make_optimizer, schedule, trained_paramete
 from palate.training.order import batch_items, minibatch_rows, seeded
 from palate.training.settings import TrainingSettings, steps_of
 from palate.types import Mean, Models, groups
+from resuming import everything, stopped_and_resumed
 
 HERE = Path(__file__).resolve().parent
 METHODS = [SFT(), RewardModel(), PPO(epochs=2, minibatches=2, adaptive_kl_target=1.0, normalise_scores=True)]
@@ -32,10 +34,6 @@ METHODS = [SFT(), RewardModel(), PPO(epochs=2, minibatches=2, adaptive_kl_target
 
 def name_of(method):
     return type(method).__name__
-
-
-def everything(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def entries(folder, name="metrics.jsonl"):
@@ -62,12 +60,7 @@ def test_stopped_anywhere_and_resumed_is_bit_identical(method, tmp_path):
     wanted, weights = everything(tmp_path / "whole"), weights_of(run.models)
     for number, stops in enumerate([(1,), (4,), (3, 1, 4)]):
         folder = tmp_path / str(number)
-        for stop in stops:
-            steps = train(new_run(method, folder))
-            for _ in range(stop):
-                next(steps)
-            steps.close()
-        list(train(resumed := new_run(method, folder)))
+        resumed = stopped_and_resumed(partial(new_run, method), folder, *stops)
         assert everything(folder) == wanted, stops
         assert all(torch.equal(value, weights[name]) for name, value in weights_of(resumed.models).items())
         assert resumed.method == run.method and resumed.stopped == run.stopped == "all 7 batches done"

@@ -200,16 +200,21 @@ def assert_equals_slow(method, definition, moved=True):
             ref = lists(token_logprobs(models.reference, rows, temperature=method.temperature), mask)
     if moved:
         trained(models.policy, seed=1)
+    return assert_loss_is(lambda new: definition(new, old, ref), method, models, batch, rows, method.temperature)
+
+
+def assert_loss_is(definition, method, models, batch, rows, temperature):
+    """Loss and gradient are ``definition``'s of the trained log-probabilities, row by row; returns the loss's sums."""
     sums = {}
     for micro in microbatches(batch, 35):
         for name, mean in method.loss(models, micro).items():
             sums[name] = sums[name] + mean if name in sums else mean
-    logprobs = token_logprobs(models.policy, rows, temperature=method.temperature)[mask]
+    logprobs = token_logprobs(models.policy, rows, temperature=temperature)[rows.response_mask]
     values = logprobs.detach().double().tolist()
 
     def of_flat(flat):
         flat = iter(flat)
-        return definition([[next(flat) for _ in range(n)] for n in LENGTHS], old, ref)
+        return definition([[next(flat) for _ in range(n)] for n in LENGTHS])
 
     assert sums["loss"].item() == pytest.approx(of_flat(values), abs=3e-4, rel=1e-4)
     by_token = torch.tensor(slow.difference_gradient(of_flat, values), dtype=logprobs.dtype)

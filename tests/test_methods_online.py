@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import slow
-from batches import batch_for, models_for, run_of, tokens, trained_of
+from batches import batch_for, models_for, run_of, tokens
 from palate.config import load_config, load_settings
 from palate.data.chat import Chat
 from palate.data.encode import encode_records
@@ -31,8 +31,9 @@ from palate.models.roles import AdapterOff
 from palate.resolve import Facts, require_all, resolved
 from palate.training.loop import train
 from palate.training.rollouts import Rollout
-from palate.types import Scored, microbatches
-from test_methods_groups import GROUPS, LENGTHS, SCORES, lists, scored
+from palate.types import Scored
+from resuming import stopped_and_resumed
+from test_methods_groups import GROUPS, SCORES, assert_loss_is, lists, scored
 from tiny import LORA, tiny, tokenizer_of, trained
 
 # --- each loss, from its paper: new, old, ref are lists of log-probabilities, one list a response ---------------------
@@ -134,26 +135,7 @@ def assert_equals_slow(method, definition):
         old = lists(token_logprobs(models.policy, rows, temperature=heat), mask)
         ref = old if models.reference is None else lists(token_logprobs(models.reference, rows, temperature=heat), mask)
     trained(models.policy, seed=1)
-    sums = {}
-    for micro in microbatches(batch, 35):
-        for name, mean in method.loss(models, micro).items():
-            sums[name] = sums[name] + mean if name in sums else mean
-    logprobs = token_logprobs(models.policy, rows, temperature=heat)[mask]
-    values = logprobs.detach().double().tolist()
-
-    def of_flat(flat):
-        flat = iter(flat)
-        return definition([[next(flat) for _ in range(n)] for n in LENGTHS], old, ref)
-
-    assert sums["loss"].item() == pytest.approx(of_flat(values), abs=3e-4, rel=1e-4)
-    by_token = torch.tensor(slow.difference_gradient(of_flat, values), dtype=logprobs.dtype)
-    parameters = trained_of(models, method)
-    wanted = torch.autograd.grad(logprobs, list(parameters.values()), by_token, allow_unused=True)
-    ours = torch.autograd.grad(
-        sums["loss"].total / sums["loss"].count, list(parameters.values()), allow_unused=True, materialize_grads=True
-    )
-    for name, a, b in zip(parameters, ours, wanted, strict=True):
-        assert torch.allclose(a, b, atol=5e-4 * max(1.0, float(b.abs().max()))), name
+    assert_loss_is(lambda new: definition(new, old, ref), method, models, batch, rows, heat)
 
 
 @pytest.mark.parametrize("name", DEFINITIONS)
@@ -588,10 +570,7 @@ def test_a_stopped_run_ends_as_if_nothing_had_happened(method, tmp_path):
         return run
 
     list(train(whole := new_run(tmp_path / "whole")))
-    steps = train(new_run(tmp_path / "cut"))
-    next(steps), next(steps)
-    steps.close()
-    list(train(resumed := new_run(tmp_path / "cut")))
+    resumed = stopped_and_resumed(new_run, tmp_path / "cut", 2)
     for name in ("metrics.jsonl", "samples.jsonl"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
     for a, b in zip(whole.models.policy.parameters(), resumed.models.policy.parameters(), strict=True):

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from palate.training.offloaded import OffloadedAdamW
 from palate.training.optimizer import check_optimizer, make_optimizer, state_bytes, trained_parameters
 from palate.training.settings import TrainingSettings
 from palate.types import Models
+from resuming import stopped_and_resumed
 from tiny import tiny, tokenizer_of
 
 HAS_8BIT = importlib.util.find_spec("bitsandbytes") is not None
@@ -160,12 +162,7 @@ def test_stopped_and_resumed_is_bit_identical_with_every_optimizer(optimizer, tm
     if optimizer == "adamw_offload":
         monkeypatch.setattr(torch.optim, "AdamW", OffloadedAdamW)
     list(train(whole := wide_run(tmp_path / "whole", optimizer)))
-    stopped = wide_run(tmp_path / "stopped", optimizer)
-    steps = train(stopped)
-    for _ in range(5):
-        next(steps)
-    steps.close()
-    list(train(resumed := wide_run(tmp_path / "stopped", optimizer)))
+    resumed = stopped_and_resumed(partial(wide_run, optimizer=optimizer), tmp_path / "stopped", 5)
     for name, value in weights_of(whole.models).items():
         assert torch.equal(value, weights_of(resumed.models)[name]), name
     last = "checkpoints/step-6/optimizer.safetensors"

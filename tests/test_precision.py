@@ -26,7 +26,7 @@ from palate.training.loop import train
 from palate.training.optimizer import make_optimizer, trained_parameters
 from palate.training.settings import TrainingSettings
 from palate.types import Models
-from test_loop import everything
+from resuming import everything, stopped_and_resumed
 from test_trunk import batch
 from tiny import LORA, rows, tiny, tokenizer_of
 
@@ -204,11 +204,7 @@ def test_a_mixed_run_stopped_and_resumed_is_bit_identical(method, tmp_path):
     list(train(run := new_run(tmp_path / "whole")))
     for stop in (1, 4):
         folder = tmp_path / str(stop)
-        steps = train(new_run(folder))
-        for _ in range(stop):
-            next(steps)
-        steps.close()
-        list(train(resumed := new_run(folder)))
+        resumed = stopped_and_resumed(new_run, folder, stop)
         assert everything(folder) == everything(tmp_path / "whole")
         wanted = weights_of(run.models)
         assert all(torch.equal(value, wanted[name]) for name, value in weights_of(resumed.models).items())

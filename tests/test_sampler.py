@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from transformers import (
     Qwen2Config,
 )
 
+import drawing
+from drawing import PROMPTS, STOP, check_rows, same
 from palate.generation.sampler import SamplingSettings, sample
 from palate.types import Tokens
 
@@ -50,8 +53,6 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "mistral_window": MistralConfig(**_SMALL, num_key_value_heads=2, sliding_window=7),
     "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=96, initializer_range=0.3),
 }
-PROMPTS = [[5, 9, 11], [7], [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3, 2, 3], [8, 8], [2] * 30]
-STOP = [2, 17]
 
 
 def build(name: str, attention: str = "sdpa", seed: int = 0) -> nn.Module:
@@ -59,12 +60,7 @@ def build(name: str, attention: str = "sdpa", seed: int = 0) -> nn.Module:
     return AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation=attention).eval()
 
 
-def draw(model: nn.Module, prompts: Any = PROMPTS, seed: int = 0, **options: Any) -> Tokens:
-    """``sample`` with this file's habits: stop tokens 2 and 17, 20 new tokens."""
-    names = {"max_new_tokens", "min_new_tokens", "temperature", "top_p", "top_k"} & options.keys()
-    settings = SamplingSettings(**({"max_new_tokens": 20} | {name: options.pop(name) for name in names}))
-    options = {"stop_token_ids": STOP} | options
-    return sample(model, prompts, settings, generator=torch.Generator().manual_seed(seed), **options)
+draw = partial(drawing.draw, sample)
 
 
 @torch.no_grad()
@@ -82,10 +78,6 @@ def check_logprobs(model: nn.Module, tokens: Tokens, temperature: float, toleran
         expected[1 : len(ids)] = logprobs[:-1].gather(-1, ids[1:, None])[:, 0]
         expected[~tokens.response_mask[row]] = 0
         torch.testing.assert_close(tokens.extras["sampler_logprobs"][row], expected, atol=tolerance, rtol=0)
-
-
-def same(a: Tokens, b: Tokens) -> bool:
-    return torch.equal(a.ids, b.ids) and torch.equal(a.response_mask, b.response_mask)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -155,21 +147,7 @@ def test_greedy_equals_transformers_generate(name: str) -> None:
 
 
 def test_rows_are_ordered_padded_and_masked() -> None:
-    tokens = draw(build("llama"), samples_per_prompt=3, records=list("abcde"))
-    assert tokens.group.tolist() == [p for p in range(5) for _ in range(3)]
-    assert tokens.extras["records"] == [r for r in "abcde" for _ in range(3)]
-    for row, prompt in enumerate(p for p in PROMPTS for _ in range(3)):
-        length, response = int(tokens.attention_mask[row].sum()), int(tokens.response_mask[row].sum())
-        assert length == len(prompt) + response and 1 <= response <= 20
-        assert tokens.ids[row, : len(prompt)].tolist() == prompt
-        assert tokens.attention_mask[row, :length].all() and not tokens.ids[row, length:].any()
-        assert tokens.response_mask[row, len(prompt) : length].all()
-        drawn = tokens.ids[row, len(prompt) : length].tolist()
-        assert bool(tokens.extras["finished"][row]) == (drawn[-1] in STOP)
-        assert not set(drawn[:-1]) & set(STOP) and (drawn[-1] in STOP or response == 20)
-    assert int(tokens.attention_mask.sum(-1).max()) == tokens.ids.shape[1]
-    ends = {tokens.ids[row][tokens.attention_mask[row]][-1].item() for row in range(len(tokens))}
-    assert set(STOP) <= ends, "the seed should show both stop tokens"
+    check_rows(draw(build("llama"), samples_per_prompt=3, records=list("abcde")))
 
 
 def test_min_new_tokens_holds_stop_tokens_back() -> None:

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from palate.cli.options import JsonFlag, Method
+from palate.cli.options import METHOD, JsonFlag
 from palate.cli.output import print_json
 
 
 def explain(
-    method: Method,
+    method: Annotated[str, METHOD],
     every: Annotated[bool, typer.Option("--all", help="Also the settings that all methods share.")] = False,
     as_json: JsonFlag = False,
 ) -> None:

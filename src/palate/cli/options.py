@@ -10,6 +10,7 @@ import typer
 from palate.errors import ConfigError
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Folder or hub name.")]
+METHOD = typer.Argument(help="reward, ppo, my_package.my_method; see: palate methods")
 DTYPE = typer.Option("--dtype", help="float32, bfloat16, or mixed.")
 DEVICE = typer.Option("--device", help='"cpu", "cuda", or "auto".')
 Template = Annotated[
@@ -23,7 +24,6 @@ Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Read at most 
 MaxLength = Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and response.")]
 Seed = Annotated[int, typer.Option("--seed", help="Same seed, same samples.")]
 SameResult = Annotated[int, typer.Option("--seed", help="Same seed, same result.")]
-Method = Annotated[str, typer.Argument(help="reward, ppo, my_package.my_method; see: palate methods")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)]
 Trained = Annotated[str | None, typer.Option("--model", "-m", help="What is trained: folder or hub name.")]
 Validation = Annotated[str | None, typer.Option("--validation", help="Held-out records; default: a share.")]

@@ -11,6 +11,7 @@ import typer
 from palate.cli.options import (
     DEVICE,
     DTYPE,
+    METHOD,
     JsonFlag,
     Limit,
     Overrides,
@@ -23,7 +24,7 @@ from palate.cli.output import print_json
 
 
 def train(
-    method: Annotated[str | None, typer.Argument(help="reward, ppo, my_package.my_method; see: palate methods")] = None,
+    method: Annotated[str | None, METHOD] = None,
     overrides: Overrides = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="YAML settings file.")] = None,
     model: Trained = None,

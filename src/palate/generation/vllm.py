@@ -8,19 +8,13 @@ rounding, and ``kl/sampler`` says how far.
 
 from __future__ import annotations
 
-import copy
-import os
-import random
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from threading import Lock
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from palate.errors import ConfigError, ModelError
 from palate.generation.checks import check_request, check_room, context_length
@@ -28,22 +22,15 @@ from palate.generation.decode import Drawn
 from palate.generation.sampler import _seed, _tokens
 from palate.generation.settings import SamplingSettings
 from palate.generation.uniform import uniforms
+from palate.generation.vllm_model import cache_bytes, kind_of, named, served_weights, write_config
+from palate.generation.vllm_process import as_before, random_numbers_kept, vllm_errors
 from palate.generation.voices import _eval_mode
-from palate.models.adapters import is_adapted, merged_weights
 from palate.models.forward import token_logprobs
-from palate.models.heads import base_of
-from palate.models.quiet import first_line
 from palate.types import Tokens
 
-# What the environment has to say while the engine is made. In one process: its weights are to be reached by assignment.
-_ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-# Kept when somebody set them: threads stay where the trainer has them; what goes wrong is raised, not logged; nothing is
-# reported to anybody.
-_PREFERRED = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "CRITICAL", "VLLM_NO_USAGE_STATS": "1"}
 # Mean difference, nats a token, from the trainer's log-probs that rounding explains; other weights are far beyond it.
 _ROUNDING = {torch.float32: 0.01, torch.bfloat16: 0.3, torch.float16: 0.1}
 _CPU = torch.device("cpu")  # where vLLM's answers are
-_BLOCK = 128  # tokens; the cache's blocks are this large on a CPU, smaller elsewhere
 
 
 class VllmSampler:
@@ -172,8 +159,8 @@ class _Engine:
 
     def __init__(self, model: nn.Module, max_length: int, rows: int) -> None:
         self.temperature = 1.0
-        self.kind = _kind(model)
-        with _as_before(), tempfile.TemporaryDirectory() as folder:
+        self.kind = kind_of(model)
+        with as_before(), tempfile.TemporaryDirectory() as folder:
             from vllm import LLM
             from vllm.platforms import current_platform
 
@@ -183,8 +170,8 @@ class _Engine:
                     f'engine: "vllm" is built for {current_platform.device_type}:0 here, and the policy is on {device}. '
                     f"Set device={current_platform.device_type}, or engine=embedded."
                 )
-            _write_config(model, folder)
-            with _vllm_errors("cannot serve this model"):
+            write_config(model, folder)
+            with vllm_errors("cannot serve this model"):
                 self.llm = LLM(
                     folder,
                     skip_tokenizer_init=True,
@@ -193,7 +180,7 @@ class _Engine:
                     dtype=str(self.kind[1]).removeprefix("torch."),
                     max_model_len=max_length,
                     max_num_seqs=rows,
-                    kv_cache_memory_bytes=_cache_bytes(model, max_length, rows, self.kind[1]),
+                    kv_cache_memory_bytes=cache_bytes(model, max_length, rows, self.kind[1]),
                     gpu_memory_utilization=0.05,  # of no effect beside the line above, but checked: it must be free
                     logprobs_mode="raw_logprobs",
                     enforce_eager=device.type == "cpu",  # compiling takes minutes there
@@ -214,9 +201,9 @@ class _Engine:
 
     def take_weights(self, model: nn.Module) -> None:
         """The model's weights, whatever they are now, into the engine; what was computed with older ones is forgotten."""
-        if _kind(model) != self.kind:
-            raise ModelError(f"the engine was made for {_named(self.kind)} and is given {_named(_kind(model))}.")
-        with torch.no_grad(), _vllm_errors("cannot take the weights"):
+        if kind_of(model) != self.kind:
+            raise ModelError(f"the engine was made for {named(self.kind)} and is given {named(kind_of(model))}.")
+        with torch.no_grad(), vllm_errors("cannot take the weights"):
             weights = iter(served_weights(model, self.parts).items())
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             forgotten = self.llm.reset_prefix_cache()
@@ -234,7 +221,7 @@ class _Engine:
         self.temperature = settings.temperature or 1.0
         drawn = Drawn.empty(len(rows), settings.max_new_tokens, _CPU)
         engine = self.llm.llm_engine
-        with torch.no_grad(), _random_numbers_kept(), _vllm_errors("cannot sample"):
+        with torch.no_grad(), random_numbers_kept(), vllm_errors("cannot sample"):
             names = self.llm.enqueue([{"prompt_token_ids": ids} for ids in rows], list(requests), use_tqdm=False)
             try:
                 found = list(_finished(engine, len(rows), progress))
@@ -262,56 +249,6 @@ def _finished(engine: Any, rows: int, progress: Callable[[int, int], None] | Non
         yield from done
 
 
-# --- the model -------------------------------------------------------------------------------------------------------
-
-
-def served_weights(model: nn.Module, parts: set[str]) -> Mapping[str, Tensor]:
-    """All weights under the names that the model's folder would have, an adapter added in; views where nothing changes.
-
-    Args:
-        parts: of vLLM's model. A head that is the embedding stands in no folder, but where vLLM has such a part it must be
-            given: on a CPU it keeps the head's weights once more, packed.
-    Raises:
-        ModelError: the model has an adapter that is not a LoRA.
-    """
-    from transformers.core_model_loading import revert_weight_conversion
-
-    inner = base_of(model)
-    weights = merged_weights(model) if is_adapted(model) else model.state_dict()
-    copies = getattr(inner, "all_tied_weights_keys", {})
-    weights = {name: w for name, w in weights.items() if name not in copies or name.partition(".")[0] in parts}
-    # transformers keeps some models (mixtures of experts) in other tensors than their files have.
-    return revert_weight_conversion(inner, weights)
-
-
-def _kind(model: nn.Module) -> tuple[str, torch.dtype]:
-    """Architecture and dtype to compute in."""
-    inner = base_of(model)
-    dtype = getattr(inner, "compute_dtype", None) or inner.get_input_embeddings().weight.dtype
-    return type(inner).__name__, dtype
-
-
-def _named(kind: tuple[str, torch.dtype]) -> str:
-    return f"{kind[0]} in {str(kind[1]).removeprefix('torch.')}"
-
-
-def _write_config(model: nn.Module, folder: str) -> None:
-    """The model's shape, where vLLM reads it; a few kilobytes, no weights."""
-    config = copy.deepcopy(base_of(model).config)
-    config.architectures = [type(base_of(model)).__name__]
-    config.eos_token_id = None  # min_tokens would hold it back, whatever ends a response here
-    config.save_pretrained(folder)
-
-
-def _cache_bytes(model: nn.Module, max_length: int, rows: int, dtype: torch.dtype) -> int:
-    """Keys and values of ``rows`` rows of ``max_length`` tokens, in whole blocks, and a row's more for vLLM's own use."""
-    config = base_of(model).config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    columns = -(-max_length // _BLOCK) * _BLOCK
-    return 2 * config.num_hidden_layers * heads * size * dtype.itemsize * columns * (rows + 1)
-
-
 @torch.no_grad()
 def _check_first_look(model: nn.Module, tokens: Tokens, settings: SamplingSettings, rows: int = 4) -> None:
     """The first samples are those of the model that was given, to the trainer's own eye.
@@ -322,55 +259,12 @@ def _check_first_look(model: nn.Module, tokens: Tokens, settings: SamplingSettin
     some = tokens.select(torch.arange(min(rows, len(tokens)), device=tokens.ids.device))
     with _eval_mode(model):
         expected = token_logprobs(model, some, temperature=settings.temperature or 1.0)
-    mask, dtype = some.response_mask, _kind(model)[1]
+    mask, dtype = some.response_mask, kind_of(model)[1]
     found: Any = some.extras["sampler_logprobs"]
     apart = float((found - expected)[mask].abs().mean())
     if not apart <= _ROUNDING[dtype]:  # NaN is not within it
         raise ModelError(
             f"vLLM's log-probabilities of its first samples are {apart:.3g} nats a token from the trainer's, expected at most "
-            f"{_ROUNDING[dtype]:g} in {str(dtype).removeprefix('torch.')}: it runs {_kind(model)[0]} in another way, or did "
+            f"{_ROUNDING[dtype]:g} in {str(dtype).removeprefix('torch.')}: it runs {kind_of(model)[0]} in another way, or did "
             "not take all of its weights. Set engine=embedded."
         )
-
-
-# --- vLLM in another's process ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _as_before() -> Iterator[None]:
-    """What vLLM changes of the process while it starts is put back: threads, random numbers, the environment."""
-    environment, set_num_threads, threads = dict(os.environ), torch.set_num_threads, torch.get_num_threads()
-    os.environ |= _PREFERRED | environment | _ENVIRONMENT
-    try:
-        with _random_numbers_kept(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of torch, to vLLM
-            yield
-    finally:
-        torch.set_num_threads = set_num_threads  # a CPU's worker puts a function there that does nothing
-        torch.set_num_threads(threads)
-        kept = {key: value for key, value in os.environ.items() if key.startswith("VLLM_")}  # read again later
-        os.environ.clear()
-        os.environ |= environment | kept
-
-
-@contextmanager
-def _random_numbers_kept() -> Iterator[None]:
-    """vLLM seeds every global generator when it starts, and draws from torch's beside the generators of its requests."""
-    python, array = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(array)
-
-
-@contextmanager
-def _vllm_errors(what: str) -> Iterator[None]:
-    """vLLM's own findings, as a person can use them."""
-    try:
-        yield
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        if isinstance(error, (ConfigError, ModelError)):
-            raise
-        raise ModelError(f'engine: "vllm" {what}: {first_line(error)} Set engine=embedded.') from error
