@@ -156,7 +156,7 @@ def run_server(
         url = public_url.rstrip("/") if public_url else f"http://{f'[{host}]' if ':' in host else host}:{found}"
         if as_json:
             _print({"url": url, "link": None if first is None else f"{url}/login#{first}"})
-        typer.echo(f"{title or opened.task.title}: {url}   Ctrl-C stops.", err=True)
+        typer.echo(f"{url}   {title or opened.task.title}   (Ctrl-C stops)", err=True)
         if first is not None:
             typer.echo(f"Log in once as admin: {url}/login#{first}", err=True)
         else:
@@ -196,7 +196,8 @@ def status(store: StoreFile, as_json: JsonFlag = False) -> None:
     )
     for name in ("gold", "attention", "contested", "skipped_by_all", "late", "flags", "annotators", "events"):
         if found[name]:
-            typer.echo(f"{name.replace('_', ' '):<16} {found[name]}")
+            said = "people" if name == "annotators" else name.replace("_", " ")  # admins among them
+            typer.echo(f"{said:<16} {found[name]}")
 
 
 @label.command()
