@@ -10,6 +10,7 @@ import errno
 import json
 import shlex
 import signal
+import sqlite3
 import sys
 import warnings
 from pathlib import Path
@@ -39,6 +40,11 @@ class _Commands(TyperGroup):
         except PalateError as error:
             typer.echo(f"palate: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+        except sqlite3.OperationalError as error:
+            from palate.feedback.store import file_trouble
+
+            typer.echo(f"palate: the store of feedback: {file_trouble(error)}", err=True)
+            raise typer.Exit(1) from None
         except OSError as error:
             if error.errno not in _OF_THE_MACHINE:
                 raise
@@ -146,8 +152,9 @@ def train(
 
     palate train reward --model M --data D --out runs/reward training.learning_rate=1e-5
 
-    Any setting can follow as section.key=value: palate explain METHOD --all lists them. What wins: override > flag >
-    --config file > the method's defaults.
+    Any setting can follow as section.key=value: palate explain METHOD --all
+    lists them. What wins: override > flag > --config file > the method's
+    defaults.
     """
     from palate.config import load_config
     from palate.stage import run_stage
@@ -215,8 +222,9 @@ def sample(
 ) -> None:
     """Sample responses: one JSON line {"prompt", "response", "finished"} for each, in the order of the prompts.
 
-    With --k: so many different responses to each prompt, from one model or several, each with its origin, for people to
-    judge: {"prompt", "responses", "sources"} lines, or items of a --store. The same command resumes.
+    With --k: so many different responses to each prompt, from one model or
+    several, each with its origin, for people to judge: {"prompt", "responses",
+    "sources"} lines, or items of a --store. The same command resumes.
     """
     from palate.texts import check_target, read_prompts, sample_records, write_lines
 
@@ -453,8 +461,10 @@ def convert(
 
     palate convert d.json demonstrations.jsonl --from sharegpt --kind demonstrations
 
-    Rankings and comparisons become judgements by --kind judgements (best and worst); ratings ({"prompt", "response",
-    "rating"}) rankings by --from ratings --kind rankings, judgements by --from ratings --kind judgements --good 4 --bad 2.
+    Rankings and comparisons become judgements by --kind judgements (best and
+    worst); ratings ({"prompt", "response", "rating"}) rankings by --from
+    ratings --kind rankings, judgements by --from ratings --kind judgements
+    --good 4 --bad 2.
     """
     if from_format == "ratings":
         from palate.data.ratings import convert_ratings
