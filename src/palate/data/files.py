@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
@@ -88,6 +89,20 @@ def _file(path: Path, name: str, split: str) -> Iterator[Row]:
     raise DataError(f"{name}: unknown kind of file. Expected one of {', '.join(SUFFIXES)} (text also with .gz).")
 
 
+def _likely_encoding(path: Path) -> str:
+    """What a text that is not UTF-8 may be: GB18030, of Chinese systems, where all of it can be read so; else Latin-1.
+
+    Western text cannot: an accented letter before a space or a mark is no character of GB18030.
+    """
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as raw:
+        text = raw.read(1_000_000)
+    try:
+        codecs.getincrementaldecoder("gb18030")().decode(text)  # the last character may be cut
+    except UnicodeDecodeError:
+        return "latin1"
+    return "gb18030"
+
+
 @contextmanager
 def _opened(path: Path, name: str) -> Iterator[TextIO]:
     """The text of a file, its faults told with its name."""
@@ -99,7 +114,10 @@ def _opened(path: Path, name: str) -> Iterator[TextIO]:
             yield io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")  # type: ignore[arg-type]
     except UnicodeDecodeError as error:
         bad = error.object[error.start : error.start + 1].hex()
-        raise DataError(f"{name}: not UTF-8 text (byte 0x{bad}). Convert it, e.g. iconv -f latin1 -t utf-8.") from None
+        was = _likely_encoding(path)
+        raise DataError(
+            f"{name}: not UTF-8 text (byte 0x{bad}). Convert it, e.g. iconv -f {was} -t utf-8 {name} > utf8-{Path(name).name}"
+        ) from None
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{name}: the compressed file is broken: {error}. Fetch it again.") from None
     except (PermissionError, IsADirectoryError) as error:
