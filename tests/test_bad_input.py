@@ -105,7 +105,7 @@ def test_a_file_of_two_shapes_says_so(here: Path) -> None:
 def test_a_single_prompt_is_trained_on_and_not_held_out(models: Path, here: Path) -> None:
     write("one.jsonl", DEMOS[0])
     done = command("train", "sft", "-m", models / "base", "-d", "one.jsonl", "-o", "run", *QUICK)
-    assert "none held out" in done.stderr and "1 demonstrations read, 1 kept" in done.stderr
+    assert "none held out" in done.stderr and "1 demonstration read, 1 kept" in done.stderr
 
 
 @pytest.mark.parametrize("flag", ["-d", "--validation"])
@@ -125,7 +125,7 @@ def test_what_was_dropped_stands_in_the_card_even_of_a_quiet_run(models: Path, h
     command("train", "reward", "-m", models / "base", "-d", "some.jsonl", *options)
     card = Path("run/card.md").read_text()
     assert "18 comparisons read, 17 kept" in card and "1 identical pair (some.jsonl:17)" in card
-    assert "1 prompts cut at the beginning" in card
+    assert "1 prompt cut at the beginning" in card
 
 
 def test_sampling_and_scoring_count_what_they_cut_and_leave_out(models: Path, here: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sqlite3
 
 import pytest
 from typer.testing import CliRunner
@@ -48,6 +49,25 @@ def test_from_responses_to_records_for_training(tmp_path, responses) -> None:
     }
     assert len(label("export", db, "--as", "rankings").splitlines()) == 4
     assert "intact" in label("verify", db)
+
+
+def test_a_store_that_another_process_holds_is_said_to_be_held(tmp_path, responses, monkeypatch) -> None:
+    """Writing waits for another writer; reading as well where that one lets nobody in."""
+    monkeypatch.setattr("palate.feedback.store.PATIENCE", 0.05)
+    db = tmp_path / "feedback.db"
+    label("import", db, responses, "--task", "compare")
+    other = sqlite3.connect(db, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    said = label("annotators", "add", db, "anna", code=1)
+    assert "another process kept the store locked for 0.05 s" in said and "Traceback" not in said
+    assert "0 of 4 answers" in label("status", db)
+    other.execute("COMMIT")
+    other.execute("PRAGMA locking_mode = EXCLUSIVE")
+    other.execute("BEGIN EXCLUSIVE")
+    said = label("status", db, code=1)
+    assert f"{db}: another process kept the store locked" in said and "not a store" not in said
+    other.close()
+    assert "0 of 4 answers" in label("status", db)
 
 
 def test_backup_verify_and_merge(tmp_path, responses) -> None:

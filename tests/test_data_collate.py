@@ -151,7 +151,7 @@ def test_a_long_response_leaves_the_prompt_a_quarter_and_loses_its_end(plain):
     assert row.response_mask.tolist() == [False] * 4 + [True] * 12
     assert (report.truncated_prompt, report.truncated_response) == (1, 1)
     assert not collate(items, "demonstrations").extras["finished"].any()
-    assert "1 responses cut at the end (without stop token)" in str(report)
+    assert "1 response cut at the end (without stop token)" in str(report)
 
 
 def test_max_prompt_length_cuts_prompts_that_would_fit(plain):
@@ -256,8 +256,8 @@ def test_a_ranking_loses_its_empty_response_and_is_kept(chat):
 
 def test_the_account_names_what_was_given(chat):
     ranking, pair = Ranking("Hi", ("a", "b"), (1, 2)), Comparison("Ho", "a", "b")
-    assert str(encode([ranking], "comparisons", chat)[1]).startswith("1 rankings read")
-    assert str(encode([pair], "comparisons", chat)[1]).startswith("1 comparisons read")
+    assert str(encode([ranking], "comparisons", chat)[1]).startswith("1 ranking read")
+    assert str(encode([pair], "comparisons", chat)[1]).startswith("1 comparison read")
     assert str(encode([ranking, pair], "comparisons", chat)[1]).startswith("2 comparisons and rankings read")
 
 
@@ -269,7 +269,7 @@ def test_equal_texts_in_a_ranking_are_no_pair(chat):
 
 def test_when_nothing_is_left_it_is_an_error_with_the_counts(chat):
     with pytest.raises(
-        DataError, match=r"no record is left to train on. 1 comparisons read, 0 kept(.|\n)*identical pair"
+        DataError, match=r"no record is left to train on. 1 comparison read, 0 kept(.|\n)*identical pair"
     ):
         encode([Comparison("Hi", "a", "a")], "comparisons", chat)
 
@@ -306,7 +306,7 @@ def test_a_conversation_that_the_template_refuses_is_named(tiny_tokenizer):
 
 def test_a_stop_token_quoted_in_a_response_is_counted(chat):
     _, report = encode([Demonstration("Hi", "a<|im_end|>b"), Demonstration("Hi", "a")], "demonstrations", chat)
-    assert report.stop_in_text == 1 and "1 responses with a stop token inside their text" in str(report)
+    assert report.stop_in_text == 1 and "1 response with a stop token inside their text" in str(report)
 
 
 def test_the_reports_numbers_are_json(chat):

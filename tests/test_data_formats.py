@@ -193,6 +193,17 @@ def test_convert_file_streams_counts_and_never_overwrites(tmp_path):
     assert target.read_bytes() == before
 
 
+def test_rankings_among_comparisons_are_counted_as_what_they_are(tmp_path):
+    rows = [
+        {"prompt": "p", "responses": ["a", "b", "c"], "ranks": [1, 2, 3]},
+        {"prompt": "p", "responses": ["a", "b"], "ranks": [1, 2]},
+    ]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = str(convert_file(tmp_path / "r.jsonl", tmp_path / "c.jsonl", "auto", "comparisons"))
+    assert "2 comparisons (2 of them rankings, which stand for all their pairs), none skipped" in said
+    assert "of them" not in str(convert_file(tmp_path / "r.jsonl", tmp_path / "k.jsonl", "auto", "rankings"))
+
+
 def test_convert_file_takes_records_one_by_one(tmp_path, monkeypatch):
     """A fault in the third record is met after the first two went out, so nothing is held back."""
     import io

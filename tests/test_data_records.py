@@ -207,7 +207,10 @@ def test_a_broken_archive_and_text_that_is_not_utf8(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     assert "the compressed file is broken" in fails(tmp_path / "a.jsonl.gz", "comparisons")
     (tmp_path / "b.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
-    assert "not UTF-8 text (byte 0xe9)" in fails(tmp_path / "b.jsonl", "prompts")
+    said = fails(tmp_path / "b.jsonl", "prompts")
+    assert "not UTF-8 text (byte 0xe9)" in said and "iconv -f latin1 -t utf-8" in said
+    (tmp_path / "c.jsonl").write_bytes('{"prompt": "你好，请问面包怎么做？"}'.encode("gbk"))
+    assert "iconv -f gb18030 -t utf-8" in fails(tmp_path / "c.jsonl", "prompts")
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path):

@@ -258,7 +258,7 @@ def test_tokens_of_both_sides_are_marked_and_the_seam_marks_the_token_after_it(t
     assert changed_texts(chat, batch, int(batch.chosen[0])) == ["Ġ"]  # before z: where jj was taken out
     assert changed_texts(chat, batch, int(batch.rejected[0])) == ["Ġ", "j", "j"]
     assert batch.tokens.extras["changed"].dtype == torch.bool
-    assert report.kept == report.pairs == 1 and "2 responses, 1 pairs" in str(report)
+    assert report.kept == report.pairs == 1 and "2 responses, 1 pair" in str(report)
     assert items[0].rows[0].changed.sum() == 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -154,6 +155,11 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
     assert broken == []
 
 
+def test_every_page_is_in_the_index() -> None:
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if f"({page.name})" not in index] == ["index.md"]
+
+
 def test_both_readmes_have_the_same_parts_commands_and_links() -> None:
     english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh.md"))
     assert [level for level, _ in headings(english)] == [level for level, _ in headings(chinese)]
@@ -170,8 +176,9 @@ def test_both_readmes_have_the_same_parts_commands_and_links() -> None:
 
 
 def commands_in(text: str) -> list[str]:
-    """Lines of shell blocks that call palate, without their comments."""
-    lines = [line for language, block in FENCE.findall(text) if language == "bash" for line in block.splitlines()]
+    """Lines of shell blocks that call palate, without their comments; one that ends with a backslash goes on."""
+    blocks = [block.replace("\\\n", " ") for language, block in FENCE.findall(text) if language in ("bash", "")]
+    lines = [line for block in blocks for line in block.splitlines()]
     return [line.strip() for line in lines if line.strip().startswith("palate ")]
 
 
@@ -185,13 +192,21 @@ def parse(command: str) -> None:
 
     from palate.cli import app
 
-    words = shlex.split(command, comments=True)[1:]
+    words = shlex.split(command.removesuffix("&"), comments=True)[1:]
     program = typer.main.get_command(app)
     with program.make_context("palate", list(words)) as context:
         name, found, rest = program.resolve_command(context, words)  # type: ignore[attr-defined]
+        while hasattr(found, "resolve_command"):  # palate label, palate label annotators
+            context = found.make_context(name, list(rest), parent=context)
+            name, found, rest = found.resolve_command(context, rest)
         found.make_context(name, rest, parent=context)
     if words[0] in ("train", "explain") and not words[1].startswith("-") and "." not in words[1]:
         assert words[1] in NAMES, f"no method {words[1]!r}"
+    if words[0] == "train" and words[1] in NAMES:
+        from palate.config import load_config
+
+        overrides = [word for word in words[2:] if re.match(r"[a-z_.]+=", word)]
+        load_config(words[1], flags={"model": "m", "data.train": "d", "out": "o", "reward": "r"}, overrides=overrides)
 
 
 COMMANDS = [(relative(page), command) for page in PAGES for command in commands_in(page.read_text(encoding="utf-8"))]
@@ -207,11 +222,70 @@ def test_a_command_in_the_documents_is_one(page: str, command: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["palate trian sft", "palate train sft --modle x", "palate score --limit none -m x"]
+    "command",
+    [
+        "palate trian sft",
+        "palate train sft --modle x",
+        "palate score --limit none -m x",
+        "palate train sft epochs=2",
+        "palate label export s.db --az x",
+    ],
 )
 def test_a_wrong_command_would_be_seen(command: str) -> None:
-    with pytest.raises(Exception, match=r"(?i)no such|valid integer"):
+    with pytest.raises(Exception, match=r"(?i)no such|valid integer|unknown setting"):
         parse(command)
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def check_yaml(block: str, file: Path) -> str:
+    """What kind of a file the block shows; it is read as that."""
+    from palate.config import load_settings
+    from palate.feedback.simulated_people import Character
+    from palate.feedback.task import task_of
+    from palate.pipelines.recipe import read_recipe
+
+    shown = yaml.safe_load(block)
+    if "stages" in shown:
+        file.write_text(block, encoding="utf-8")
+        steps = read_recipe(file).steps
+        assert [step.name for step in steps] == list(shown["stages"])
+        return "pipeline"
+    if "method" in shown:
+        load_settings(settings=shown)
+        return "settings"
+    if "questions" in shown:
+        task_of(shown)
+        return "task"
+    if all(name.startswith("simulated") for name in shown):
+        assert all(Character(**character) for character in shown.values())
+        return "people"
+    reward = shown.get("reward", shown)
+    load_settings("ppo", settings={"model": "m", "data": "d", "out": "o", "reward": reward})
+    return "reward"
+
+
+def test_the_files_that_documents_show_can_be_read(tmp_path: Path) -> None:
+    kinds = set()
+    for page in PAGES:
+        for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+            if language == "yaml":
+                kinds.add(check_yaml(block, tmp_path / "shown.yaml"))
+            elif language == "json":
+                assert all(json.loads(line) for line in block.splitlines())
+    assert kinds == {"pipeline", "settings", "task", "people", "reward"}
+
+
+def test_the_python_that_documents_show_compiles_and_its_imports_are_there() -> None:
+    for page in (page for page in PAGES if page.parent.name != "methods"):  # pages of methods quote lines in words
+        for language, block in FENCE.findall(page.read_text(encoding="utf-8")):
+            if language != "python":
+                continue
+            for node in ast.walk(ast.parse(block)):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("palate"):
+                    module = importlib.import_module(str(node.module))
+                    assert all(hasattr(module, name.name) for name in node.names), relative(page)
 
 
 def test_names_used_from_python_are_there() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from palate.data.records import read_records
 from palate.errors import ConfigError, FeedbackError
 from palate.feedback import chat_views, conversations
 from palate.feedback.chat_views import Share
+from palate.feedback.columns import wide
 from palate.feedback.leaderboard import PRIOR_SD, Battle, _design, _fit, battles_of, leaderboard
 from palate.feedback.store import Conflict, Store
 from palate.feedback.upkeep import merge, verify
@@ -316,6 +318,15 @@ def test_a_turn_that_came_elsewhere_meanwhile_is_not_overwritten(store) -> None:
 # --- commands ----------------------------------------------------------------------------------------------------------
 
 
+def test_the_table_has_straight_columns_where_a_model_has_a_chinese_name(store) -> None:
+    Talk(store, "微调", "new").turn("q", "fine", "poor").vote("left")
+    said = CliRunner().invoke(app, ["label", "arena-table", str(store.path)]).output
+    *table, counts, _ = said.splitlines()
+    up_to_the_score = [re.match(r"\S+ +\S+ +\S+", line) for line in table]
+    assert len(table) == 3 and len({wide(found[0]) for found in up_to_the_score if found}) == 1
+    assert counts.startswith("1 vote in 1 conversation;")
+
+
 def test_exports_and_the_table_by_command(store, tmp_path) -> None:
     for i in range(3):
         Talk(store, "good", "bad").turn(f"q{i}", "fine", "poor").vote("left")
@@ -333,6 +344,7 @@ def test_exports_and_the_table_by_command(store, tmp_path) -> None:
     assert about["options"]["shares"]["copy"] == {"share": 0.7, "measured_on": 0}
     table = run.invoke(app, ["label", "arena-table", path])
     assert table.exit_code == 0 and "1-2" in table.output and "not settled" in table.output, table.output
+    assert "3 votes in 3 conversations" in table.output
     as_json = json.loads(run.invoke(app, ["label", "arena-table", path, "--json"]).output)
     assert as_json["ranked"] is False and [each["name"] for each in as_json["standings"]] == ["good", "bad"]
     wrong = run.invoke(app, ["label", "export", path, "--as", "thumbs", "--ties", "half"])

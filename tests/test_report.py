@@ -23,6 +23,7 @@ from palate.report.page import (
     first_and_last,
     render,
     report_run,
+    signed,
     write_page,
 )
 
@@ -234,6 +235,14 @@ def test_a_run_folder_becomes_a_page(tmp_path):
     for word in (tmp_path.name, "49 steps", "answer 0", "answer 49", "method: ppo", "held out"):
         assert word in text
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_numbers_of_a_page_have_real_minus_signs_and_no_negative_zero():
+    table = Table(["setting", "kl"], [["beta=-1e-05", "-0.23 [-0.30, 1e-05]"]], numbers=["kl"])
+    said = render(Page("p", "l", headlines=[Headline("Score", "-9.19")], table=table, sections=[]))
+    assert "<dd>−9.19<" in said and "−0.23 [−0.30, 1e-05]" in said
+    assert "beta=-1e-05" in said  # not a number of the table: as it is typed
+    assert signed(-0.001) == "+0.00" and str(Interval(-0.0001, -0.1, 0.1)) == "0.000 [-0.100, 0.100]"
 
 
 def test_a_reward_run_shows_how_it_was_judged(tmp_path):

@@ -128,14 +128,39 @@ def test_a_turn_that_the_server_could_not_finish_is_sent_again(page, site_of) ->
     assert len(bodies(site.store, "turn")) == 1
 
 
+def test_a_battle_that_is_over_is_followed_by_another_with_one_key(page, site_of) -> None:
+    site = site_of(Parrot("alpha"), Parrot("beta"), reveal=True)
+    site.log_in(page)
+    write(page, "hello")
+    page.wait_for_selector(".votes")
+    page.keyboard.press("1")
+    page.wait_for_selector(".response:has-text('This was alpha')")
+    page.keyboard.press("Enter")
+    write(page, "hello again")
+    page.wait_for_selector(".votes")
+    assert page.locator(".exchange").count() == 1
+
+
+def test_a_digit_that_is_written_in_a_chat_is_no_thumb(page, site_of) -> None:
+    site = site_of(Parrot("alpha"))
+    site.log_in(page)
+    write(page, "hello")
+    page.wait_for_selector(".thumbs")
+    page.keyboard.type("1 more")
+    assert page.locator("#field").input_value() == "1 more"
+    page.keyboard.press("Escape")
+    page.keyboard.press("/")
+    page.keyboard.type("!")
+    assert page.locator("#field").input_value() == "1 more!" and bodies(site.store, "thumb") == []
+
+
 def test_thumbs_and_signals_of_a_chat(page, site_of) -> None:
     site = site_of(Parrot("alpha"))
     site.log_in(page)
     write(page, "hello")
     page.wait_for_selector(".thumbs")
     page.wait_for_timeout(700)
-    page.locator(".response h2, .response header").first.click()
-    page.locator("#main").focus()
+    page.keyboard.press("Escape")  # out of the field, in which one goes on writing
     page.keyboard.press("1")
     until(page, lambda: [thumb["up"] for thumb in bodies(site.store, "thumb")] == [True])
     page.keyboard.press("r")

@@ -293,6 +293,7 @@ def test_rewards_runs_and_mixtures_of_kinds_are_refused(base: Path, pair: tuple[
     reward = tmp_path / "reward"
     save_model(load_scalar(base), tokenizer_of(), reward)
     refused([reward, reward], tmp_path / "soup", "reward or value model", "ensemble")
+    refused([pair[0], reward], tmp_path / "soup", "reward or value model", "ensemble")
     saved(load_policy(base), tmp_path / "run" / "model")
     refused([pair[0], tmp_path / "run"], tmp_path / "soup", "Did you mean", "run/model")
     refused([pair[0], tmp_path / "nowhere"], tmp_path / "soup", "no such folder")

@@ -137,6 +137,8 @@ def print_check(found: Checked) -> None:
     """Tokens: green = trained, yellow = trained and of what was changed, dim = seen and masked; without colours,
     [[trained]] and <<changed>>. A line break is shown as its sign.
     """
+    from palate.texts.looking import REST
+
     out = Console(highlight=False)
     plain = out.color_system is None or out.no_color
     if found.report:
@@ -151,7 +153,10 @@ def print_check(found: Checked) -> None:
         legend = Text.assemble("\n", (trained, "black on green"), "  ")
         if any(row.changed is not None for row in found.rows):
             legend.append("<<changed>>" if plain else "changed", "black on yellow").append("  ")
-        out.print(legend.append("masked: seen, not trained", "dim"))
+        legend.append("masked: seen, not trained", "dim")
+        if any(REST in row.tokens for row in found.rows):
+            legend.append(f"  {REST} belongs to the character before it", "dim")
+        out.print(legend)
     for finding in found.findings:
         out.print(f"found: {finding}", style="yellow", markup=False)
     if not found.template:

@@ -30,8 +30,10 @@ def convert(
 
     palate convert d.json demonstrations.jsonl --from sharegpt --kind demonstrations
 
-    Rankings and comparisons become judgements by --kind judgements (best and worst); ratings ({"prompt", "response",
-    "rating"}) rankings by --from ratings --kind rankings, judgements by --from ratings --kind judgements --good 4 --bad 2.
+    Rankings and comparisons become judgements by --kind judgements (best and
+    worst); ratings ({"prompt", "response", "rating"}) rankings by --from
+    ratings --kind rankings, judgements by --from ratings --kind judgements
+    --good 4 --bad 2.
     """
     if from_format == "ratings":
         from palate.data.ratings import convert_ratings

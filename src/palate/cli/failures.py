@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shlex
+import sqlite3
 import sys
 import warnings
 from typing import Any
@@ -31,6 +32,11 @@ class Commands(TyperGroup):
         except PalateError as error:
             typer.echo(f"palate: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+        except sqlite3.OperationalError as error:
+            from palate.feedback.store import file_trouble
+
+            typer.echo(f"palate: the store of feedback: {file_trouble(error)}", err=True)
+            raise typer.Exit(1) from None
         except OSError as error:
             if error.errno not in _OF_THE_MACHINE:
                 raise

@@ -48,8 +48,9 @@ def sample(
 ) -> None:
     """Sample responses: one JSON line {"prompt", "response", "finished"} for each, in the order of the prompts.
 
-    With --k: so many different responses to each prompt, from one model or several, each with its origin, for people to
-    judge: {"prompt", "responses", "sources"} lines, or items of a --store. The same command resumes.
+    With --k: so many different responses to each prompt, from one model or
+    several, each with its origin, for people to judge: {"prompt", "responses",
+    "sources"} lines, or items of a --store. The same command resumes.
     """
     from palate.texts import check_target, read_prompts, sample_records, write_lines
 

@@ -57,8 +57,9 @@ def sweep(
 
     palate sweep dpo beta=0.05,0.1,0.5 --model M --data D --reward R
 
-    Every combination is an ordinary run in OUT/NAME. The same command goes on where it stopped. Exit code 1 when a run
-    failed; the others are done all the same.
+    Every combination is an ordinary run in OUT/NAME. The same command goes on
+    where it stopped. Exit code 1 when a run failed; the others are done all the
+    same.
     """
     from palate.pipelines.sweep.command import Request, run_command
     from palate.pipelines.sweep.run import Measuring

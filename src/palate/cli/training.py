@@ -53,8 +53,9 @@ def train(
 
     palate train reward --model M --data D --out runs/reward training.learning_rate=1e-5
 
-    Any setting can follow as section.key=value: palate explain METHOD --all lists them. What wins: override > flag >
-    --config file > the method's defaults.
+    Any setting can follow as section.key=value: palate explain METHOD --all
+    lists them. What wins: override > flag > --config file > the method's
+    defaults.
     """
     from palate.config import load_config
     from palate.stage import run_stage

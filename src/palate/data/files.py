@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
@@ -91,6 +92,20 @@ def _file(path: Path, name: str, split: str) -> Iterator[Row]:
     raise DataError(f"{name}: unknown kind of file. Expected one of {', '.join(SUFFIXES)} (text also with .gz).")
 
 
+def _likely_encoding(path: Path) -> str:
+    """What a text that is not UTF-8 may be: GB18030, of Chinese systems, where all of it can be read so; else Latin-1.
+
+    Western text cannot: an accented letter before a space or a mark is no character of GB18030.
+    """
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as raw:
+        text = raw.read(1_000_000)
+    try:
+        codecs.getincrementaldecoder("gb18030")().decode(text)  # the last character may be cut
+    except UnicodeDecodeError:
+        return "latin1"
+    return "gb18030"
+
+
 @contextmanager
 def _opened(path: Path, name: str) -> Iterator[TextIO]:
     """The text of a file, its faults told with its name."""
@@ -101,7 +116,7 @@ def _opened(path: Path, name: str) -> Iterator[TextIO]:
 
             yield io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")  # type: ignore[arg-type]
     except UnicodeDecodeError as error:
-        raise _not_text(name, error) from None
+        raise _not_text(name, error, _likely_encoding(path)) from None
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{name}: the compressed file is broken: {error}. Fetch it again.") from None
     except (PermissionError, IsADirectoryError) as error:
@@ -115,9 +130,10 @@ def _standard_input() -> Iterator[str]:
         raise _not_text("stdin", error) from None
 
 
-def _not_text(name: str, error: UnicodeDecodeError) -> DataError:
+def _not_text(name: str, error: UnicodeDecodeError, was: str | None = None) -> DataError:
     bad = error.object[error.start : error.start + 1].hex()
-    return DataError(f"{name}: not UTF-8 text (byte 0x{bad}). Convert it, e.g. iconv -f latin1 -t utf-8.")
+    how = f"iconv -f {was} -t utf-8 {name} > utf8-{Path(name).name}" if was else "iconv -f latin1 -t utf-8"
+    return DataError(f"{name}: not UTF-8 text (byte 0x{bad}). Convert it, e.g. {how}")
 
 
 def _jsonl_file(path: Path, name: str) -> Iterator[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -119,24 +120,31 @@ class EncodeReport:
         return {"kind": self.kind, **numbers, **reasons, "warnings": list(self.warnings)}
 
     def __str__(self) -> str:
-        pairs = f"{self.pairs:,} pairs, " if self.kind in ("comparisons", "corrections") else ""
-        rows = f"{self.rows:,} responses, " if self.kind != "prompts" else ""
-        lines = [
-            f"{self.read:,} {self.given or self.kind} read, {self.kept:,} kept: {self.items:,} prompts, {rows}{pairs}{self.tokens:,} tokens."
-        ]
+        parts = [(self.items, "prompts"), (self.tokens, "tokens")]
+        if self.kind in ("comparisons", "corrections"):
+            parts.insert(1, (self.pairs, "pairs"))
+        if self.kind != "prompts":
+            parts.insert(1, (self.rows, "responses"))
+        made = ", ".join(_counted(*part) for part in parts)
+        lines = [f"{_counted(self.read, self.given or self.kind)} read, {self.kept:,} kept: {made}."]
         cut = [
             (self.truncated_prompt, "prompts cut at the beginning"),
             (self.truncated_response, "responses cut at the end (without stop token)"),
             (self.rewritten, "responses that the template would have changed, kept as they are"),
             (self.stop_in_text, "responses with a stop token inside their text"),
         ]
-        said = [f"{count:,} {what}" for count, what in cut if count]
+        said = [_counted(count, what) for count, what in cut if count]
         said += [f"{len(where):,} kept in part: {why} ({_first(where)})" for why, where in self.thinned.items()]
         if self.dropped:
             said.append(f"{self.dropped_count:,} dropped: {_reasons(self.dropped)}")
         if said:
             lines.append("; ".join(said) + ".")
         return "\n".join(lines + [f"Warning: {warning}" for warning in self.warnings])
+
+
+def _counted(count: int, what: str) -> str:
+    """``2 prompts cut``, ``1 prompt cut``: the first word of ``what`` is a plural."""
+    return f"{count:,} {what}" if count != 1 else "1 " + re.sub(r"^(\w+)s\b", r"\1", what)
 
 
 def _reasons(found: Mapping[str, list[str]]) -> str:

@@ -25,7 +25,7 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        return f"{self.estimate:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.estimate:z.3f} [{self.low:z.3f}, {self.high:z.3f}]"
 
     def percent(self) -> str:
         """For shares: ``71.3 % [66.0, 76.1]``."""

@@ -26,6 +26,7 @@ import torch
 from palate.errors import FeedbackError
 from palate.evaluation.statistics import Interval, wilson
 from palate.feedback.annotator_model import AnnotatorFit, fit_scores
+from palate.feedback.columns import padded, wide
 
 LEAN = math.log(2)  # in logits: 2 of 3
 SLOWEST_TOO_FAST = 1 / 3
@@ -90,7 +91,7 @@ def annotator_table(fit: AnnotatorFit, *, certainty: float = 2.0) -> list[Annota
 
 def format_table(rows: Sequence[AnnotatorRow]) -> str:
     """The table as text, flags and their evidence below it."""
-    width = max([9, *(len(r.name) for r in rows)])
+    width = max([9, *(wide(r.name) for r in rows)])
     lines = [f"{'annotator':<{width}}  votes  reliability    left bias      ties    agrees with the others  seconds"]
     for r in rows:
         bias = "             " if r.left_bias is None else f"{r.left_bias:+5.2f} ± {r.left_bias_sd:4.2f} "
@@ -98,7 +99,7 @@ def format_table(rows: Sequence[AnnotatorRow]) -> str:
         seconds = "" if r.seconds is None else f"{r.seconds:7.1f}"
         reliability = f"{r.reliability:+5.2f} ± {r.reliability_sd:4.2f} "
         lines.append(
-            f"{r.name:<{width}}  {r.votes:5d}  {reliability}  {bias}  {100 * r.tie_rate:4.0f} %  {agrees:<22}  {seconds}"
+            f"{padded(r.name, width)}  {r.votes:5d}  {reliability}  {bias}  {100 * r.tie_rate:4.0f} %  {agrees:<22}  {seconds}"
         )
     lines.extend(f"{r.name}: {flag.name}. {flag.evidence}" for r in rows for flag in r.flags)
     return "\n".join(line.rstrip() for line in lines)

@@ -179,6 +179,8 @@ class Store:
         try:
             with closing(connect(path, read_only=True)) as db:
                 application, version = (db.execute(f"PRAGMA {name}").fetchone()[0] for name in _HEADER)
+        except sqlite3.OperationalError as error:
+            raise FeedbackError(f"{path}: {file_trouble(error)}") from None
         except sqlite3.Error as error:
             raise FeedbackError(
                 f"{path}: not a store of feedback ({error}). Make one with: palate label import feedback.db {path}"
@@ -189,7 +191,10 @@ class Store:
             raise FeedbackError(
                 f"{path}: was written by a newer palate (version {version} of the file). Upgrade palate."
             )
-        return cls(path, connect(path))
+        try:
+            return cls(path, connect(path))
+        except sqlite3.OperationalError as error:
+            raise FeedbackError(f"{path}: {file_trouble(error)}") from None
 
     def close(self) -> None:
         with self._lock:
@@ -280,13 +285,27 @@ def same(event: Event, kind: str, actor: str, body: Mapping[str, Any]) -> Event:
 
 
 _HEADER = ("application_id", "user_version")
+PATIENCE = 30.0  # seconds for which one writer waits for another
+
+
+def file_trouble(error: sqlite3.OperationalError) -> str:
+    """What SQLite cannot do with a store's file, and what to do about it."""
+    said = str(error)
+    if "locked" in said:
+        return (
+            f"another process kept the store locked for {PATIENCE:g} s. Wait for it or end it, then give the same "
+            "command again."
+        )
+    if "readonly" in said or "unable to open" in said:
+        return f"cannot be opened for writing ({said}). The file and its folder must be writable."
+    return f"SQLite says: {said}. What was acknowledged before is safe."
 
 
 def connect(path: Path, *, read_only: bool = False) -> sqlite3.Connection:
     """A connection that waits for the disk at every COMMIT, and for other writers at every BEGIN."""
     where = f"{path.absolute().as_uri()}?mode={'ro' if read_only else 'rwc'}"
-    db = sqlite3.connect(where, uri=True, isolation_level=None, check_same_thread=False, timeout=30)
-    db.execute("PRAGMA busy_timeout = 30000")
+    db = sqlite3.connect(where, uri=True, isolation_level=None, check_same_thread=False, timeout=PATIENCE)
+    db.execute(f"PRAGMA busy_timeout = {int(1000 * PATIENCE)}")
     db.execute("PRAGMA foreign_keys = ON")
     if not read_only:
         db.execute("PRAGMA journal_mode = WAL")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -140,11 +141,11 @@ def report_run(folder: str | Path, *, samples: int = 6) -> Path:
     sections = [] if pairs or not drawn else [Section("Samples", table=first_and_last(drawn, samples))]
     page = Page(
         title=folder.resolve().name,
-        lead=f"{last} steps, {len(lines)} measurements.",
+        lead=_lead(last, lines),
         headlines=_last_figures(lines),
         samples=pairs,
-        before="First samples",
-        after="Last samples",
+        before="First sample",
+        after="Last sample",
         sections=[
             *_held_out(folder),
             *sections,
@@ -228,6 +229,12 @@ def _times(folder: Path) -> list[Section]:
     ]
 
 
+def _lead(last: int, lines: Sequence[dict[str, Any]]) -> str:
+    judged = len({line["step"] for line in lines if line.get("split") == "validation" and "step" in line})
+    steps = f"{last:,} step" + ("s" if last != 1 else "")
+    return f"{steps}, measured on held-out records {judged} times." if judged > 1 else f"{steps}."
+
+
 _LAST = {
     "loss": ("Loss", "nats"),
     "reward/accuracy": ("Accuracy on pairs", ""),
@@ -274,7 +281,12 @@ def _prompt_text(prompt: Any) -> str:
 
 def signed(value: float) -> str:
     """Two digits and a real minus sign: ``+1.20``, ``−0.35``."""
-    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+    return _figure(f"{value:+z.2f}")
+
+
+def _figure(text: str) -> str:
+    """The text of a number, with real minus signs."""
+    return re.sub(r"(?<![\w.])-(?=\d)", "\N{MINUS SIGN}", text)
 
 
 def _text(value: str) -> str:
@@ -285,7 +297,7 @@ def _headlines(headlines: Sequence[Headline]) -> str:
     if not headlines:
         return ""
     tiles = (
-        f"<div><dt>{_text(h.label)}</dt><dd>{_text(h.value)}<small>{_text(h.note)}</small></dd></div>"
+        f"<div><dt>{_text(h.label)}</dt><dd>{_text(_figure(h.value))}<small>{_text(h.note)}</small></dd></div>"
         for h in headlines
     )
     return f'<dl class="headlines">{"".join(tiles)}</dl>'
@@ -304,10 +316,13 @@ def _table(table: Table | None) -> str:
     kinds = ["number" if column in table.numbers else "" for column in table.columns]
     head = "".join(f'<th class="{k}">{_text(c)}</th>' for c, k in zip(table.columns, kinds, strict=True))
     rows = "".join(
-        "<tr>" + "".join(f'<td class="{k}">{_text(c)}</td>' for c, k in zip(row, kinds, strict=True)) + "</tr>"
-        for row in table.rows
+        "<tr>" + "".join(_cell(c, k) for c, k in zip(row, kinds, strict=True)) + "</tr>" for row in table.rows
     )
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _cell(text: str, kind: str) -> str:
+    return f'<td class="{kind}">{_text(_figure(text) if kind else text)}</td>'
 
 
 def _samples(page: Page) -> str:

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 
 from palate.config import RunConfig
@@ -42,6 +40,7 @@ from palate.stage.records import Sides, encode_sides, pretraining_items, read_si
 from palate.stage.reference_cache import items_with_reference
 from palate.stage.reward_scale import adopted, with_reward_ready
 from palate.stage.roles import bill, load_roles, load_trained, trained_role, where_from
+from palate.stage.roles_table import RolesTable
 from palate.stage.rollout import keeps_logprobs, rollout_of
 from palate.stage.trackers import check_trackers, open_trackers
 from palate.stage.user_cache import cache_folder
@@ -242,46 +241,21 @@ def _value(config: RunConfig, key: str) -> Any:
     return value
 
 
-def _bill_table(config: RunConfig, models: Models) -> Table:
+def _bill_table(config: RunConfig, models: Models) -> RolesTable:
     """What each role holds in memory: weights, and for trained ones gradients and the optimizer's state."""
     title = f"roles of {config.method.name} on {config.device}, sharing={config.sharing}"
-    table = Table(title=title, title_justify="left")
-    for name in ("role", "what"):
-        table.add_column(name, overflow="fold")
-    for name in ("parameters", "trained", "dtype", "weights", "gradients + optimizer"):
-        table.add_column(name, justify="right")
     lines = bill(models, config.method.settings.trains, config.training.optimizer, ahead=config.training.rollouts_ahead)
-    rests = {role for role, stays in resting_roles(config, models).items() if not stays}
-    for line in lines:
-        note = ", until its log-probs are known" if line.role == "reference" and _is_let_go(config) else ""
-        cells = (
-            line.role,
-            line.what + (", on the CPU but while it is asked" if line.role in rests and not note else note),
-            f"{line.parameters:,}",
-            f"{line.trained:,}" if line.trained else "frozen",
-            line.dtype,
-        )
-        table.add_row(*(Text(cell) for cell in (*cells, _bytes(line.weights), _bytes(line.training))))
-    if len(lines) > 1:
-        table.add_section()
-        counts = (f"{sum(counted):,}" for counted in zip(*((x.parameters, x.trained) for x in lines), strict=True))
-        weights, training = (sum(held) for held in zip(*((x.weights, x.training) for x in lines), strict=True))
-        table.add_row("all", f"{_bytes(weights + training)} together", *counts, "", _bytes(weights), _bytes(training))
-    return table
+    rest = {role for role, stays in resting_roles(config, models).items() if not stays}
+    notes = dict.fromkeys(rest, ", on the CPU but while it is asked")
+    if _is_let_go(config):
+        notes["reference"] = ", until its log-probs are known"
+    return RolesTable(title, lines, notes)
 
 
 def _is_let_go(config: RunConfig) -> bool:
     """Is the reference asked before the first step and never again?"""
     asks_rows = getattr(config.method.settings, "asks_reference", None) == "rows"
     return asks_rows and cache_folder(config.reference_cache, "reference") is not None
-
-
-def _bytes(count: int) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.1f} {unit}" if unit != "B" else f"{count} B"
-        count /= 1024  # type: ignore[assignment]
-    raise AssertionError
 
 
 def loop_run(stage: Stage) -> Run:

@@ -15,6 +15,10 @@ from palate.stage.chats import chat_of
 from palate.stage.records import kind_of
 from palate.texts.common import LONGEST
 
+REST = "⋯"  # a token that only adds to the character before it
+UNKNOWN = "\N{REPLACEMENT CHARACTER}"  # what half a character is decoded to
+LONGEST_SPLIT = 8  # tokens; a character has four bytes at most, but a token may end one and begin the next
+
 
 class ShownRow(NamedTuple):
     """A row as its tokens' texts, which of them are trained, and of a correction, which are of what was changed."""
@@ -94,13 +98,32 @@ def _context(model: str) -> int:
 
 
 def _shown(row: Any, chat: Chat) -> ShownRow:
-    """Each token as the text that it adds; one that only shows with its neighbours as its name in the vocabulary."""
     ids = row.ids.tolist()
-    texts = []
-    for i, number in enumerate(ids):
-        before = chat.tokenizer.decode(ids[max(0, i - 4) : i], skip_special_tokens=False)
-        whole = chat.tokenizer.decode(ids[max(0, i - 4) : i + 1], skip_special_tokens=False)
-        added = whole[len(before) :] if whole.startswith(before) else ""
-        texts.append(added if added and "�" not in added else str(chat.tokenizer.convert_ids_to_tokens(number)))
     changed = None if row.changed is None else row.changed.tolist()
-    return ShownRow(row.source, texts, row.response_mask.tolist(), changed)
+    return ShownRow(row.source, token_texts(chat.tokenizer, ids), row.response_mask.tolist(), changed)
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Each token as the text that it adds.
+
+    A character that several tokens make up (most tokenizers split the rarer Chinese ones into bytes) stands at the first
+    of them, and the others are ``REST``. A token that is no text at all is its name in the vocabulary.
+    """
+    texts: list[str] = []
+    while len(texts) < len(ids):
+        start, more = len(texts), 0
+        text = _added(tokenizer, ids, start, start + 1)
+        while UNKNOWN in text and more < LONGEST_SPLIT and start + more + 1 < len(ids):
+            more += 1
+            text = _added(tokenizer, ids, start, start + 1 + more)
+        if not text or UNKNOWN in text:  # no character of any kind
+            text, more = str(tokenizer.convert_ids_to_tokens(ids[start])), 0
+        texts += [text, *[REST] * more]
+    return texts
+
+
+def _added(tokenizer: Any, ids: Sequence[int], start: int, end: int) -> str:
+    """What the tokens from ``start`` to ``end`` add to the text of the few before them."""
+    before = tokenizer.decode(ids[max(0, start - 4) : start], skip_special_tokens=False)
+    whole = tokenizer.decode(ids[max(0, start - 4) : end], skip_special_tokens=False)
+    return str(whole[len(before) :]) if whole.startswith(before) else ""

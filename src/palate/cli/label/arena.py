@@ -114,6 +114,7 @@ def arena_table(
     as_json: JsonFlag = False,
 ) -> None:
     """The models in order of the votes on their battles, with intervals; no rank where the votes do not settle it."""
+    from palate.feedback.columns import padded, wide
     from palate.feedback.conversations import conversations
     from palate.feedback.leaderboard import battles_of, leaderboard
 
@@ -125,17 +126,21 @@ def arena_table(
     if as_json:
         print_json(asdict(found) | {"ranked": found.ranked})
         return
-    width = max(len(each.name) for each in found.standings)
+    width = max(len("model"), *(wide(each.name) for each in found.standings))
     percent = f"{100 * confidence:g} %"
     typer.echo(f"{'rank':<6} {'model':<{width}} {'score':>6}  {percent + ' interval':<16} wins ties losses")
     for each in found.standings:
         rank = str(each.best) if each.best == each.worst else f"{each.best}-{each.worst}"
         interval = f"{each.low:.0f} to {each.high:.0f}"
         counts = f"{each.wins:>4} {each.ties:>4} {each.losses:>6}"
-        typer.echo(f"{rank:<6} {each.name:<{width}} {each.score:>6.0f}  {interval:<16} {counts}")
+        typer.echo(f"{rank:<6} {padded(each.name, width)} {each.score:>6.0f}  {interval:<16} {counts}")
     typer.echo(
-        f"{found.votes} votes in {found.clusters} {by}s; between equal models the left side wins {found.left_share:.0%} "
+        f"{_counted(found.votes, 'vote')} in {_counted(found.clusters, by)}; between equal models the left side wins {found.left_share:.0%} "
         f"of what is no tie, and {found.tie_share:.0%} are ties."
     )
     if not found.ranked:
         typer.echo("Ranks like 1-2 are not settled: these votes do not separate the models. More battles would.")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -119,7 +119,7 @@ def _announce(opened: Store, how: Serving, port: int, token: str | None, title: 
     link = None if token is None else f"{url}/login#{token}"
     if how.as_json:
         print_json({"url": url, "link": link})
-    typer.echo(f"{title}: {url}   Ctrl-C stops.", err=True)
+    typer.echo(f"{url}   {title}   (Ctrl-C stops)", err=True)
     if link is not None:
         typer.echo(f"Log in once as admin: {link}", err=True)
     else:

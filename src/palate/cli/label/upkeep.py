@@ -27,7 +27,8 @@ def status(store: StoreFile, as_json: JsonFlag = False) -> None:
     )
     for name in ("gold", "attention", "contested", "skipped_by_all", "late", "flags", "annotators", "events"):
         if found[name]:
-            typer.echo(f"{name.replace('_', ' '):<16} {found[name]}")
+            said = "people" if name == "annotators" else name.replace("_", " ")  # admins among them
+            typer.echo(f"{said:<16} {found[name]}")
 
 
 def verify(

@@ -16,22 +16,28 @@ from typing import Any, TextIO
 from palate.data import files
 from palate.data.formats.detect import check_kind, convert_record, detect_format, find_format
 from palate.data.formats.palate import to_json
-from palate.data.kinds import Record, Unusable, at
+from palate.data.kinds import Ranking, Record, Unusable, at
 from palate.errors import ConfigError, DataError, PalateError
 
 
 @dataclass
 class ConvertReport:
-    """What a reading did: objects read, records made of them, and for each reason which objects were skipped."""
+    """What a reading did: objects read, records made of them, and for each reason which objects were skipped.
+
+    ``rankings`` counts those among comparisons.
+    """
 
     read: int = 0
     written: int = 0
     format: str = "auto"
     kind: str = "records"
     skipped: dict[str, list[str]] = field(default_factory=dict)
+    rankings: int = 0
 
     def __str__(self) -> str:
         said = f"{self.read:,} read ({self.format}), {self.written:,} {self.kind}"
+        if self.rankings:
+            said += f" ({self.rankings:,} of them rankings, which stand for all their pairs)"
         return f"{said}; {skipped_text(self.skipped)}" if self.skipped else f"{said}, none skipped"
 
 
@@ -115,7 +121,13 @@ def convert_file(
     """
     report = ConvertReport(kind=kind)
     records = iterate_records(source, kind, format=from_format, split=split, rename=rename, report=report)
-    report.written = write_lines(target, (to_json(record) for record in records))
+
+    def lines() -> Iterator[Mapping[str, Any]]:
+        for record in records:
+            report.rankings += kind == "comparisons" and isinstance(record, Ranking)
+            yield to_json(record)
+
+    report.written = write_lines(target, lines())
     if not report.written:
         if str(target) != "-":
             Path(target).unlink(missing_ok=True)

@@ -42,14 +42,15 @@ def check_ingredients(models: Sequence[str | Path]) -> Ingredients:
         )
     names = (ADAPTER_CONFIG,) if all(kinds) else ("config.json",)
     configs = tuple(read_json(folder / name) for folder in folders for name in names)
+    for folder, config in zip(folders, configs, strict=True):
+        _refuse_scores(folder, config)
     for folder, config in zip(folders[1:], configs[1:], strict=True):
         if all(kinds):
             _same_base(folders[0], configs[0], folder, config)
         else:
             _same_architecture(folders[0], configs[0], folder, config)
-    for folder, config in zip(folders, configs, strict=True):
-        _refuse_scores(folder, config)
-        if all(kinds):
+    if all(kinds):
+        for folder, config in zip(folders, configs, strict=True):
             _refuse_special(folder, config)
     _same_tokenizer(folders)
     return Ingredients(folders, configs if all(kinds) else ())

@@ -73,7 +73,9 @@ def about_measuring(plan: Plan, measuring: Measuring) -> str:
     own = [key for key in plan.keys if key in ("seed", "training.seed") or key.startswith("data.")]
     if not where and own:
         on = f"the prompts that each run holds out ({own[0]} makes them differ; --prompts FILE makes them the same)"
-    text = f"Measured on {on}, at most {measuring.limit}, answered {measuring.samples_per_prompt} x at temperature 1"
+    text = (
+        f"Measured on {on}, at most {measuring.limit}, {measuring.samples_per_prompt} answers to each at temperature 1"
+    )
     text += f"; KL to {config.reference or 'the model that training starts from'}."
     if measuring.reward is None and "reward" not in config.method.settings.needs:
         said = " No reward is given" + (", only gold" if measuring.gold else "")

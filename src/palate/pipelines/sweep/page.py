@@ -174,7 +174,7 @@ _MORE = ("kl", "score", "gold", "accuracy", "margin", "nll", "length/response", 
 
 def _cell(values: Sequence[float]) -> str:
     found = interval(values)
-    return f"{values[0]:.3g}" if found is None else f"{found.estimate:.2f} [{found.low:.2f}, {found.high:.2f}]"
+    return f"{values[0]:.3g}" if found is None else f"{found.estimate:z.2f} [{found.low:z.2f}, {found.high:z.2f}]"
 
 
 def _text(axes: tuple[str, str] | None, about: str) -> str:

@@ -69,7 +69,7 @@ function figures(found) {
   return h("section", { class: "figures", "aria-label": t("overview") },
     figure(t("answers"), `${found.done} / ${found.wanted}`, found.wanted ? found.done / found.wanted : 0),
     figure(t("items_done"), `${found.complete} / ${found.items}`, found.items ? found.complete / found.items : 0),
-    figure(t("contested"), found.contested), figure(t("reports"), found.flags), figure(t("skipped_by_all"), found.skipped_by_all), figure(t("late_answers"), found.late), figure(t("annotators"), found.annotators));
+    figure(t("contested"), found.contested), figure(t("reports"), found.flags), figure(t("skipped_by_all"), found.skipped_by_all), figure(t("late_answers"), found.late), figure(t("people"), found.annotators));
 }
 
 function track(share, label) {

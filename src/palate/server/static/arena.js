@@ -10,6 +10,7 @@ import { enter, topBar } from "./shell.js";
 import { forget, load, save } from "./store.js";
 
 const CHOICES = ["left", "right", "tie", "both_bad"];
+const withKeys = matchMedia("not ((hover: none) and (pointer: coarse))");
 const LETTERS = { left: "A", right: "B", one: "" };
 const main = document.getElementById("main");
 const clock = new Clock();
@@ -65,6 +66,7 @@ function frame(language) {
   field.value = load(draftName(), "");
   field.addEventListener("input", () => { save(draftName(), field.value); fit(); });
   field.addEventListener("keydown", (event) => {
+    if (event.key === "Escape" && !running && !battle()) { main.focus({ preventScroll: true }); return; } // the keys of the thumbs are free
     if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
     event.preventDefault();
     send();
@@ -111,9 +113,12 @@ function settle() {
   if (toVote()) {
     state.show("info", word("first_vote"));
     turns.querySelector(".votes")?.focus({ preventScroll: true });
+  } else if (closed) {
+    state.show("info", word("over"));
+    document.getElementById("fresh").focus({ preventScroll: true });
   } else {
-    if (closed) state.show("info", word("over"));
-    else field.focus({ preventScroll: true });
+    if (last() && !battle() && withKeys.matches) state.show("info", word("keys_chat"));
+    field.focus({ preventScroll: true });
   }
   const newest = last();
   if (newest && (toVote() || !battle())) {

@@ -12,7 +12,7 @@ const EN = {
   up: "Good answer", down: "Bad answer", copy: "Copy", copied: "Copied", again: "Answer again", version: "version {n}",
   writing: "writing …", waiting: "waiting for its turn …", cut: "cut at the longest length", empty: "(an empty answer)",
   vote_now: "Both answers are complete. Vote with 1, 2, 3 or 4.", ready: "The answer is complete.", after_vote: "Thank you. Go on writing, or start anew.",
-  first_vote: "Vote first: 1, 2, 3 or 4.", stopped: "Stopped. Your message is in the field again.", over: "This conversation is over.",
+  first_vote: "Vote first: 1, 2, 3 or 4.", stopped: "Stopped. Your message is in the field again.", over: "This battle is over. Enter begins another.", keys_chat: "Esc, then 1 or 2: a thumb for the answer. / goes back to the field.",
   lost: "The connection broke. Your message is kept in this browser. Next try in {seconds} s.", problem: "Not answered: {error} {todo}", try_again: "Try again",
   kept: "Saved", not_kept: "Not saved: {error}",
 };
@@ -29,7 +29,7 @@ const ZH = {
   up: "好回答", down: "不好的回答", copy: "复制", copied: "已复制", again: "重新回答", version: "第 {n} 版",
   writing: "正在写……", waiting: "正在排队……", cut: "达到最大长度而截断", empty: "（空回答）",
   vote_now: "两个回答都已完成。请按 1、2、3 或 4 投票。", ready: "回答已完成。", after_vote: "谢谢。可以继续写，或重新开始。",
-  first_vote: "请先投票：1、2、3 或 4。", stopped: "已停止。您的消息已回到输入框。", over: "此对话已结束。",
+  first_vote: "请先投票：1、2、3 或 4。", stopped: "已停止。您的消息已回到输入框。", over: "此对战已结束。按 Enter 开始新的对战。", keys_chat: "按 Esc，再按 1 或 2 评价回答；按 / 回到输入框。",
   lost: "连接中断。您的消息已保留在此浏览器中。{seconds} 秒后重试。", problem: "没有回答：{error} {todo}", try_again: "再试一次",
   kept: "已保存", not_kept: "未保存：{error}",
 };

@@ -45,7 +45,7 @@ const EN = {
   annotators_help: "Share and number of cases. Flags are the page’s own hints; look at the answers before you judge a person.",
   drift: "By week", week: "Week", no_preference: "No preference", drift_one: "There is one week so far.", contested_items: "Contested items", contested_none: "No item is contested.", disagreement: "Disagreement", decided: "decided", open: "open", decide_next: "Decide the next one",
   others: "What was answered", nothing_contested: "Nothing to decide", role: "Role", name: "Name", add_person: "Add somebody", role_annotator: "annotator", role_adjudicator: "adjudicator", role_admin: "admin", inactive: "may not log in",
-  link_once: "Login link for {name}. It works once; send it in private.", copy: "Copy", copied: "Copied", last_hash: "Last hash of the log", last_hash_help: "Note it elsewhere: palate label verify --after HASH proves later that nothing was cut off.", no_answers: "No answers yet.", not_admin: "The overview is for admins. You may decide about contested items.", not_allowed: "This page is for adjudicators and admins.",
+  link_once: "Login link for {name}. It works once; send it in private.", copy: "Copy", copied: "Copied", last_hash: "Last hash of the log", last_hash_help: "Note it elsewhere: palate label verify STORE --after HASH proves later that nothing was cut off.", no_answers: "No answers yet.", not_admin: "The overview is for admins. You may decide about contested items.", not_allowed: "This page is for adjudicators and admins.",
 };
 
 const ZH = {
@@ -91,7 +91,7 @@ const ZH = {
   annotators_help: "比例与例数。提示仅供参考；评价一个人之前请先看答案。",
   drift: "按周", week: "周", no_preference: "无偏好", drift_one: "目前只有一周。", contested_items: "有争议的题目", contested_none: "没有有争议的题目。", disagreement: "分歧", decided: "已裁决", open: "待裁决", decide_next: "裁决下一题",
   others: "已有的答案", nothing_contested: "没有要裁决的", role: "角色", name: "姓名", add_person: "添加人员", role_annotator: "标注者", role_adjudicator: "裁决者", role_admin: "管理员", inactive: "不能登录",
-  link_once: "{name} 的登录链接。只能用一次；请私下发送。", copy: "复制", copied: "已复制", last_hash: "日志的最后哈希", last_hash_help: "请另行记下：以后用 palate label verify --after HASH 可证明没有被截断。", no_answers: "还没有答案。", not_admin: "总览仅供管理员使用。您可以裁决有争议的题目。", not_allowed: "此页面供裁决者和管理员使用。",
+  link_once: "{name} 的登录链接。只能用一次；请私下发送。", copy: "复制", copied: "已复制", last_hash: "日志的最后哈希", last_hash_help: "请另行记下：以后用 palate label verify STORE --after HASH 可证明没有被截断。", no_answers: "还没有答案。", not_admin: "总览仅供管理员使用。您可以裁决有争议的题目。", not_allowed: "此页面供裁决者和管理员使用。",
 };
 
 const WORDS = { en: EN, zh: ZH };
