@@ -370,4 +370,4 @@ def test_a_rule_of_ones_own_fits_in(tmp_path: Path) -> None:
 def test_every_rule_has_its_alarms_name_and_a_place_in_the_documents() -> None:
     page = (Path(__file__).resolve().parents[1] / "docs" / "health.md").read_text(encoding="utf-8")
     for rule in RULES:
-        assert f"\n## `{rule.__name__}`\n" in page
+        assert f"\n### `{rule.__name__}`\n" in page

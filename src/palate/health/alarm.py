@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 Line = Mapping[str, Any]
+SURE = 3.0  # standard errors
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ class History:
         total: batches of the whole run.
         settings: by dotted key; a key that the method has not is not there.
         train, held_out: lines of ``metrics.jsonl``, a batch and an evaluation each.
+        prompts_held_out: what an evaluation is measured on; 0 = not known, and rules that must know it say nothing.
     """
 
     total: int
     settings: Mapping[str, Any] = field(default_factory=dict)
     train: list[Line] = field(default_factory=list)
     held_out: list[Line] = field(default_factory=list)
+    prompts_held_out: int = 0
 
     def add(self, line: Line) -> None:
         (self.train if line.get("split", "train") == "train" else self.held_out).append(line)
@@ -74,6 +77,10 @@ class History:
     @property
     def first(self) -> Sequence[Line]:
         return self.train[: self.window]
+
+    def under_way(self, parts: int) -> bool:
+        """A whole window is there, and one of so many parts of the run is done."""
+        return len(self.train) >= max(self.window, self.total / parts)
 
     def get(self, key: str, default: float) -> float:
         """A setting that is a number."""
@@ -109,6 +116,41 @@ def average(lines: Sequence[Line], *names: str) -> Average:
 def has(lines: Sequence[Line], *names: str) -> bool:
     """Are there lines, and do all have these metrics, as numbers?"""
     return bool(lines) and all(math.isfinite(line.get(name, math.nan)) for line in lines for name in names)
+
+
+def having(lines: Sequence[Line], *names: str) -> list[Line]:
+    """The lines that have all these metrics, as numbers."""
+    return [line for line in lines if has([line], *names)]
+
+
+class Change(NamedTuple):
+    """What became of a metric since the first batch, which the policy drew before it was trained.
+
+    Attributes:
+        before, now: in the first batch; mean over the recent ones.
+        noise: what chance may make of it: 3 standard errors, of one batch and of that mean, from how the recent differ.
+    """
+
+    before: float
+    now: float
+    noise: float
+
+    @property
+    def rose(self) -> bool:
+        return self.now - self.before > self.noise
+
+    @property
+    def fell(self) -> bool:
+        return self.before - self.now > self.noise
+
+
+def since_start(history: History, name: str) -> Change | None:
+    """None as long as there are no recent batches beside the first one, or where the metric is not there."""
+    recent = having(history.recent, name)
+    if len(history.train) <= history.window or len(recent) < 2 or not has(history.train[:1], name):
+        return None
+    now, error = average(recent, name)
+    return Change(history.train[0][name], now, SURE * error * math.sqrt(1 + len(recent)))
 
 
 def text(alarm: Mapping[str, Any]) -> str:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from palate.health.alarm import Alarm, Average, History, Line, average, has
+from palate.health.alarm import SURE, Alarm, Average, History, Line, average, has
 
 FALL = 0.3  # nats a token: the preferred responses' perplexity is up by 35 %
 FALL_OF_RESPONSE = 1.0  # nats a response: and no shorter one is called displaced for less
 LENGTH_GAP = 0.15  # share of pairs
-SURE = 3.0  # standard errors
 CHANCE = 0.03  # share of pairs, on either side of 1/2
 
 
@@ -101,7 +100,7 @@ def length_drift(history: History) -> Alarm | None:
     Sum log-ratios grow with length, and DPO's answers with them: Park et al. 2024, arXiv:2403.19159.
     """
     names = ("reward/longer", "length/longer_preferred")
-    if not _under_way(history, 4) or not has(history.recent, *names, "reward/length_slope"):
+    if not history.under_way(4) or not has(history.recent, *names, "reward/length_slope"):
         return None
     # A batch in which no pair differs in length has 0 everywhere, which is no share; in any other a share of 0 has a slope.
     lines = [line for line in history.recent if line["reward/longer"] or line["reward/length_slope"]]
@@ -142,7 +141,7 @@ def accuracy_at_chance(history: History) -> Alarm | None:
     error of 0.03 at most, and the margin no more than 3 standard errors above 0.
     """
     lines = history.train[-min(1000, (len(history.train) + 1) // 2) :]
-    if not _under_way(history, 3) or not has(lines, "reward/accuracy", "reward/margin"):
+    if not history.under_way(3) or not has(lines, "reward/accuracy", "reward/margin"):
         return None
     accuracy, margin = average(lines, "reward/accuracy"), average(lines, "reward/margin")
     if abs(accuracy.mean - 0.5) > CHANCE or accuracy.error > CHANCE or margin.mean > SURE * margin.error:
@@ -173,7 +172,7 @@ def margin_negative(history: History) -> Alarm | None:
     it was in the first, and accuracy is below 0.45. A method without a reference may begin below 0: log-probs are summed.
     """
     names = ("reward/margin", "reward/accuracy")
-    if not _under_way(history, 3) or len(history.train) < 2 * history.window:
+    if not history.under_way(3) or len(history.train) < 2 * history.window:
         return None
     if not has([*history.first, *history.recent], *names):
         return None
@@ -194,11 +193,6 @@ def margin_negative(history: History) -> Alarm | None:
     remedies = [f"training.learning_rate={rate / 3:.2g}", "palate check --data FILE on the records"]
     numbers = {"margin": margin.mean, "error": margin.error, "first": begun.mean, "accuracy": accuracy}
     return Alarm("margin_negative", history.step, evidence, numbers, causes, remedies)
-
-
-def _under_way(history: History, parts: int) -> bool:
-    """A whole window is there, and one of so many parts of the run is done."""
-    return len(history.train) >= max(history.window, history.total / parts)
 
 
 RULES = (likelihood_displacement, length_drift, accuracy_at_chance, margin_negative)

@@ -6,12 +6,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from palate.health import preferences
+from palate.health import collapse, kl, preferences, results, reward_hacking, reward_model, updates
 from palate.health.alarm import History, Rule, text
 from palate.training import log
 
 Metrics = dict[str, Any]
-RULES: tuple[Rule, ...] = (*preferences.RULES,)
+RULES: tuple[Rule, ...] = (
+    *preferences.RULES,
+    *reward_model.RULES,
+    *kl.RULES,
+    *reward_hacking.RULES,
+    *collapse.RULES,
+    *updates.RULES,
+    *results.RULES,
+)
 FILE = "alarms.jsonl"
 
 

@@ -31,7 +31,7 @@ _CHARTS = (
     _Chart("KL to the sampling policy", "nats a token", {"kl/old": "KL"}),
     _Chart("Clip fraction", "share of tokens", {"clip_fraction": "clipped"}),
     _Chart("Value model", "explained variance, 1 = perfect", {"value/explained_variance": "explained variance"}, 0.0),
-    _Chart("Diversity", "distinct two-word runs", {"diversity/distinct_2": "distinct-2"}),
+    _Chart("Diversity", "different pairs of neighbouring tokens, share", {"diversity/distinct_2": "distinct-2"}),
     _Chart("No end of text", "share of responses", {"length/no_eos": "unfinished"}),
 )
 _QUIET_GROUPS = ("time/", "tokens/")

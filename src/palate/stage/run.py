@@ -129,7 +129,8 @@ def _train(stage: Stage, say: Say, quiet: bool) -> None:
     total = config.training.total_steps(len(stage.items.train))
     last: dict[str, dict[str, Any]] = {}
     try:
-        stream = alarmed(timed(train(run), config.out), config.out, History(total, flatten(config.to_dict())), say)
+        history = History(total, flatten(config.to_dict()), prompts_held_out=len(stage.items.validation))
+        stream = alarmed(timed(train(run), config.out), config.out, history, say)
         for metrics in watched(stream, total, config.run_name, quiet):
             last[metrics["split"]] = metrics
             for tracker in trackers:

@@ -26,6 +26,7 @@ from palate.methods.sft import SFT
 from palate.models.activations import checkpoint_activations
 from palate.training import checkpoint, guards, log
 from palate.training.ahead import Ahead, Stored, corrected
+from palate.training.diversity import distinct_pairs
 from palate.training.optimizer import (
     clip_gradients,
     divide_gradients,
@@ -187,7 +188,7 @@ def _batch(
     batch = _prepared(run, step, clock)
     if run.ahead is not None:
         batch = corrected(run.method, batch, settings)
-    sums: dict[str, Mean] = dict(getattr(batch, "metrics", {}))
+    sums = _measured(run, batch)
     if step == 0 and run.starts_at_reference:
         guards.check_same_reference({name: mean.item() for name, mean in sums.items()}, run.dtype)
     _write_samples(run, batch, step, total)
@@ -259,6 +260,14 @@ def _prepared(run: Run, step: int, clock: _Clock) -> Batch:
 
 
 _REFILL = 1_000_000_007
+
+
+def _measured(run: Run, batch: Batch) -> dict[str, Mean]:
+    """What was found out about a batch before it is trained on; of samples, also how varied they are."""
+    metrics: dict[str, Mean] = dict(getattr(batch, "metrics", {}))
+    if run.rollout is not None:
+        metrics["diversity/distinct_2"] = distinct_pairs(batch.tokens)
+    return metrics
 
 
 def _collect(run: Run, items: Sequence[Item], *seed: int) -> Batch:
@@ -339,7 +348,7 @@ def evaluate(run: Run) -> dict[str, float]:
         batch = _collect(run, run.validation[start:end], run.settings.seed, -1, start)
         with run.awake():
             batch = run.method.prepare(run.models, batch)
-        found = dict(getattr(batch, "metrics", {}))
+        found = _measured(run, batch)
         if run.rollout is None:
             for micro in microbatches(batch, run.settings.microbatch_tokens(run.device.type)):
                 for name, mean in run.method.loss(run.models, micro).items():
