@@ -40,7 +40,7 @@ def mode_collapse(history: History) -> Alarm | None:
     alike = max(share, number) <= ALIKE
     if not alike and (not sure or says_right_or_wrong(history, history.recent)):
         return None
-    numbers = {}
+    numbers: dict[str, float] = {}
     told = []
     if known and pairs:
         now = average(pairs, "diversity/distinct_2").mean
