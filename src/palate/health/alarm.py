@@ -78,6 +78,13 @@ class History:
     def first(self) -> Sequence[Line]:
         return self.train[: self.window]
 
+    def seen(self, *names: str) -> list[Line]:
+        """The recent batches that have all these metrics, as numbers; none at once where the last few have not.
+
+        Rules are asked at every line, and most are about metrics that a method has not.
+        """
+        return having(self.recent, *names) if any(has([line], *names) for line in self.train[-3:]) else []
+
     def under_way(self, parts: int) -> bool:
         """A whole window is there, and one of so many parts of the run is done."""
         return len(self.train) >= max(self.window, self.total / parts)
@@ -146,7 +153,7 @@ class Change(NamedTuple):
 
 def since_start(history: History, name: str) -> Change | None:
     """None as long as there are no recent batches beside the first one, or where the metric is not there."""
-    recent = having(history.recent, name)
+    recent = history.seen(name)
     if len(history.train) <= history.window or len(recent) < 2 or not has(history.train[:1], name):
         return None
     now, error = average(recent, name)

@@ -6,8 +6,9 @@ The thresholds are conventions, written beside each rule and in docs/health.md; 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from palate.health.alarm import Alarm, History, Line, average, has, having, since_start
+from palate.health.alarm import Alarm, History, Line, average, having, since_start
 from palate.health.leash import held_loosely
 from palate.health.rewards import is_mastered, says_right_or_wrong
 
@@ -26,28 +27,18 @@ def mode_collapse(history: History) -> Alarm | None:
     as a share of all pairs and as their number (longer responses lower the share, shorter ones the number); or an entropy of a
     tenth, but not where answers are right or wrong: there a policy that knows the answer is sure of it.
     """
-    lines = having(history.recent, "diversity/distinct_2", "length/response")
-    first = history.train[:1]
-    known = has(first, "diversity/distinct_2", "length/response") and first[0]["diversity/distinct_2"] > 0
-    pairs = [line for line in lines if line["diversity/distinct_2"] > 0]  # 0 where no response has two tokens
-    enough = len(history.train) > history.window
-    share = number = 1.0
-    if enough and known and pairs:
-        share = average(pairs, "diversity/distinct_2").mean / first[0]["diversity/distinct_2"]
-        number = sum(map(_number, pairs)) / len(pairs) / max(1e-9, _number(first[0]))
-    entropy = since_start(history, "entropy")
+    variety, entropy = _variety(history), since_start(history, "entropy")
+    alike = variety is not None and max(variety.now / variety.before, variety.number) <= ALIKE
     sure = entropy is not None and entropy.now <= SURE_OF_ITSELF * entropy.before
-    alike = max(share, number) <= ALIKE
     if not alike and (not sure or says_right_or_wrong(history, history.recent)):
         return None
     numbers: dict[str, float] = {}
     told = []
-    if known and pairs:
-        now = average(pairs, "diversity/distinct_2").mean
-        numbers |= {"distinct_first": first[0]["diversity/distinct_2"], "distinct_now": now, "number": number}
+    if variety is not None:
+        numbers |= {"distinct_first": variety.before, "distinct_now": variety.now, "number": variety.number}
         told.append(
-            f"different pairs of neighbouring tokens are {now:.3g} of all (first batch: {first[0]['diversity/distinct_2']:.3g}) and "
-            f"{100 * number:.0f} % as many (alarm at {100 * ALIKE:.0f} % of both)"
+            f"different pairs of neighbouring tokens are {variety.now:.3g} of all (first batch: {variety.before:.3g}) and "
+            f"{100 * variety.number:.0f} % as many (alarm at {100 * ALIKE:.0f} % of both)"
         )
     if entropy is not None:
         numbers |= {"entropy_first": entropy.before, "entropy_now": entropy.now}
@@ -55,7 +46,7 @@ def mode_collapse(history: History) -> Alarm | None:
             f"the entropy is {entropy.now:.3g} nats a token (first batch: {entropy.before:.3g}; alarm at "
             f"{100 * SURE_OF_ITSELF:.0f} %)"
         )
-    evidence = f"in the last {len(history.recent)} batches " + "; ".join(told) + "."
+    evidence = f"in the last {len(history.recent)} batches {'; '.join(told)}."
     causes, remedies = held_loosely(history)
     if not history.get("method.entropy_coef", 1.0):
         remedies.append("method.entropy_coef=0.01")
@@ -66,6 +57,23 @@ def mode_collapse(history: History) -> Alarm | None:
     causes.append("a few phrases score well after every prompt: the reward does not read the prompt")
     remedies.append("an earlier checkpoint")
     return Alarm("mode_collapse", history.step, evidence, numbers, causes, remedies)
+
+
+class _Variety(NamedTuple):
+    before: float  # share of different pairs in the first batch
+    now: float  # mean over the recent ones
+    number: float  # of different pairs, now by then
+
+
+def _variety(history: History) -> _Variety | None:
+    """None as long as there are no recent batches beside the first, or where no response has two tokens."""
+    names = ("diversity/distinct_2", "length/response")
+    first, lines = having(history.train[:1], *names), history.seen(*names)
+    told = [line for line in lines if line["diversity/distinct_2"] > 0]
+    if len(history.train) <= history.window or not first or not _number(first[0]) or not told:
+        return None
+    number = sum(map(_number, told)) / len(told) / _number(first[0])
+    return _Variety(first[0]["diversity/distinct_2"], average(told, "diversity/distinct_2").mean, number)
 
 
 def _number(line: Line) -> float:
@@ -104,7 +112,7 @@ def nothing_to_learn(history: History) -> Alarm | None:
     Alarm, over the recent batches: 0.95 of the groups have equal scores throughout; of a method without groups, a standard
     deviation of the scores of a hundredth of the first batch's. Not where nearly all answers are right: then all is learnt.
     """
-    lines = having(history.recent, "score", "score/std")
+    lines = history.seen("score", "score/std")
     if len(lines) < history.window or is_mastered(history, lines):
         return None
     equal = having(lines, "groups/all_equal")

@@ -23,7 +23,7 @@ def kl_explosion(history: History) -> Alarm | None:
     the last three, for one batch's estimate is noise. Where the settings allow more (``kl_budget``, twice
     ``adaptive_kl_target``), above that.
     """
-    lines = having(history.recent, "kl/reference", "length/response")
+    lines = history.seen("kl/reference", "length/response")
     if len(lines) < LAST:
         return None
     kl, length = average(lines, "kl/reference").mean, average(lines, "length/response").mean
@@ -61,7 +61,7 @@ def kl_negative(history: History) -> Alarm | None:
 
     Alarm: the mean of kl/reference over the recent batches is below -0.1 nats a response, and by 3 standard errors below 0.
     """
-    lines = having(history.recent, "kl/reference")
+    lines = history.seen("kl/reference")
     if len(lines) < history.window:
         return None
     kl, error = average(lines, "kl/reference")

@@ -22,8 +22,11 @@ def score_falls(history: History) -> Alarm | None:
     errors and by a fifth of the standard deviation of a response's score. Not of ``ppo_lagrangian``, whose score is weighed
     anew in every batch.
     """
-    early, late = having(history.first, "score", "score/std"), having(history.recent, "score")
-    if not history.under_way(3) or len(history.train) < 2 * history.window or len(early) < 2 or len(late) < 2:
+    late = history.seen("score")
+    if not history.under_way(3) or len(history.train) < 2 * history.window or len(late) < 2:
+        return None
+    early = having(history.first, "score", "score/std")
+    if len(early) < 2:
         return None
     if "lagrange/multiplier" in history.train[-1]:
         return None
@@ -98,7 +101,7 @@ def cost_out_of_reach(history: History) -> Alarm | None:
     Alarm: lagrange/multiplier is at ``multiplier_max`` in all of the recent batches, whose mean cost is 3 standard errors above
     ``cost_limit``.
     """
-    lines = having(history.recent, "cost", "lagrange/multiplier")
+    lines = history.seen("cost", "lagrange/multiplier")
     if len(lines) < history.window or "method.multiplier_max" not in history.settings:
         return None
     most, limit = history.get("method.multiplier_max", 0.0), history.get("method.cost_limit", 0.0)

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from palate.health.alarm import SURE, Alarm, Average, History, Line, average, has, having, since_start
+from palate.health.alarm import SURE, Alarm, Average, History, Line, average, has, since_start
 from palate.health.leash import held_loosely, price
 from palate.health.rewards import is_learned, says_right_or_wrong, watched
 
@@ -196,7 +196,7 @@ def length_hacking(history: History) -> Alarm | None:
         value = history.get(key, 0.0)
         causes.append(f"leaving the reference is cheap ({key} = {value:g})")
         remedies.append(f"{key}={max(0.05, 2 * value):g}")
-    unfinished = having(history.recent, "length/no_eos")
+    unfinished = history.seen("length/no_eos")
     if times > 1 and unfinished and average(unfinished, "length/no_eos").mean > 0.1:
         causes.append("responses that never end are not charged (method.missing_eos_penalty)")
         remedies.append("method.missing_eos_penalty=1")

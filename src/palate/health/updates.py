@@ -20,7 +20,7 @@ def updates_too_large(history: History) -> Alarm | None:
     Alarm, in the mean of the recent batches: clip_fraction above 0.3 (not with a clipping range below 0.01, as gspo's, which is
     made for more), or kl/old above 0.05 nats a token.
     """
-    lines = having(history.recent, "kl/old")
+    lines = history.seen("kl/old")
     if len(lines) < history.window:
         return None
     moved = average(lines, "kl/old").mean
@@ -63,7 +63,7 @@ def samples_too_old(history: History) -> Alarm | None:
 
     Alarm: the mean of importance/effective over the recent batches is below 0.5.
     """
-    lines = having(history.recent, "importance/effective")
+    lines = history.seen("importance/effective")
     if len(lines) < history.window:
         return None
     effective = average(lines, "importance/effective").mean
@@ -82,12 +82,13 @@ def samples_too_old(history: History) -> Alarm | None:
 def value_not_learning(history: History) -> Alarm | None:
     """The value model foresees nothing: advantages are noisier than without it.
 
-    Alarm, after a third of the run: value/explained_variance is 0 or less in half of the recent batches (a single one can be
-    far below 0). A batch whose returns are all equal has 0 exactly, and is not counted.
+    Alarm, after half of the run and twice as many batches as are looked at, for a new value model takes a few dozen to begin:
+    value/explained_variance is 0 or less in half of the recent batches (a single one can be far below 0). A batch whose returns
+    are all equal has 0 exactly, and is not counted.
     """
-    lines = having(history.recent, "value/explained_variance")
+    lines = history.seen("value/explained_variance")
     known = sorted(line["value/explained_variance"] for line in lines if line["value/explained_variance"] != 0)
-    if not history.under_way(3) or len(known) < history.window // 2 + 1:
+    if not history.under_way(2) or len(history.train) < 2 * history.window or len(known) <= history.window // 2:
         return None
     middle = known[len(known) // 2]
     if middle > 0:
@@ -119,7 +120,7 @@ def steps_refused(history: History) -> Alarm | None:
 
     Alarm: the mean of trust_region/accepted over the recent batches is below 0.5.
     """
-    lines = having(history.recent, "trust_region/accepted")
+    lines = history.seen("trust_region/accepted")
     if len(lines) < history.window:
         return None
     accepted = average(lines, "trust_region/accepted").mean
