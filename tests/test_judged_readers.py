@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from palate.data.records import read_records, write_records
 from palate.errors import DataError, PalateError
 from palate.feedback.exchange import read_file
 from palate.feedback.items import read_candidates
+from palate.stage.records import _read
 
 TURNS = [
     {"role": "user", "content": "Hi"},
@@ -55,6 +57,15 @@ def test_rankings_among_comparisons_are_items_too(tmp_path):
     )
     found = read_candidates(str(file_of(tmp_path, comparison, ranking)), kind="gold")
     assert [(each.prompt, each.gold) for each in found] == [("a", {"ranks": [1, 2]}), ("b", {"ranks": [2, 1]})]
+
+
+def test_rankings_among_comparisons_that_are_read_as_rankings_are_kept(tmp_path):
+    """A file that begins with comparisons; every ranking in it was left out."""
+    path = file_of(tmp_path, *({"prompt": "a", "chosen": "x", "rejected": "y"},
+                               {"prompt": "b", "responses": ["x", "y"], "ranks": [2, 1]}))  # fmt: skip
+    data = SimpleNamespace(prompt_words=None, format="auto", split="train", rename={})
+    found = _read(SimpleNamespace(data=data), str(path), "rankings", None, print)
+    assert [(each.prompt, each.ranks) for each in found] == [("a", (1, 2)), ("b", (2, 1))]
 
 
 def test_sources_that_do_not_fit_are_refused_for_they_say_who_may_not_judge(tmp_path):

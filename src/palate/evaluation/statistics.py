@@ -144,6 +144,9 @@ def _difference(ours: ArrayLike, theirs: ArrayLike) -> Floats:
     a, b = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"{a.shape} scores of ours, {b.shape} of theirs: a paired comparison needs one of each a row")
+    finite = np.isfinite(a) & np.isfinite(b)  # NaN is above nothing, and would be a loss
+    if not finite.all():
+        raise ValueError(f"{int((~finite).sum())} of {finite.size} pairs of scores are NaN or infinite")
     return a - b
 
 

@@ -110,7 +110,7 @@ def _maximise(
     smoothing: float,
 ) -> tuple[Floats, Floats]:
     prevalence = truth.sum(axis=0) + smoothing
-    counts = np.full((annotators, truth.shape[1], truth.shape[1]), smoothing)
+    counts = np.full((annotators, truth.shape[1], truth.shape[1]), float(smoothing))  # of an int it would hold ints
     np.add.at(counts.transpose(0, 2, 1), (k, label), truth[i])
     rows = counts.sum(axis=2, keepdims=True)
     # a class that an annotator never met: nothing is known of that row

@@ -25,7 +25,6 @@ from palate.errors import ConfigError, DataError
 from palate.feedback import views
 from palate.feedback.annotator_model import fit_annotators
 from palate.feedback.consensus import Consensus, consensus_comparisons
-from palate.feedback.exchange.taken import IMPORTED
 from palate.feedback.store import APPLICATION, Store
 from palate.feedback.task import Task
 from palate.feedback.views import Answer, Made
@@ -136,9 +135,8 @@ def votes_of(given: Sequence[Answer], task: Task, *, question: str | None = None
             continue
         left, right = answer.shown
         outcome = "tie" if ranks[0] == ranks[1] else "left" if ranks[left] < ranks[right] else "right"
-        known = not answer.presentation.startswith(IMPORTED)
         sides = answer.responses[left], answer.responses[right]
-        found.append(Vote(key, *sides, outcome, answer.annotator, seconds, sides_known=known))  # type: ignore[arg-type]
+        found.append(Vote(key, *sides, outcome, answer.annotator, seconds, sides_known=answer.sides_known))  # type: ignore[arg-type]
     return found
 
 

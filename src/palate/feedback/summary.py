@@ -108,9 +108,9 @@ def order_of(ranks: Sequence[int] | None) -> tuple[int, ...] | None:
 
 
 def first_sides(task: Task, answer: Answer) -> list[bool]:
-    """Of two responses: [the one shown first is preferred]; nothing for ties and for more than two."""
+    """Of two responses: [the one shown first is preferred]; nothing for ties, for more than two, and for imports."""
     ranks = task.ranks(answer.values, len(answer.responses))
-    if ranks is None or len(ranks) != 2 or ranks[0] == ranks[1]:
+    if ranks is None or len(ranks) != 2 or ranks[0] == ranks[1] or not answer.sides_known:
         return []
     return [ranks[answer.shown[0]] < ranks[answer.shown[1]]]
 
@@ -128,7 +128,8 @@ def votes(given: Sequence[Answer], task: Task) -> list[Vote]:
             continue
         left, right = answer.shown
         outcome = "tie" if ranks[0] == ranks[1] else "left" if ranks[left] < ranks[right] else "right"
-        found.append(Vote(answer.item, left, right, outcome, answer.annotator, seconds))  # type: ignore[arg-type]
+        known = answer.sides_known
+        found.append(Vote(answer.item, left, right, outcome, answer.annotator, seconds, sides_known=known))  # type: ignore[arg-type]
     return found
 
 
@@ -157,7 +158,11 @@ def model_rows(given: Sequence[Vote]) -> list[dict[str, Any]]:
 
 
 def agreement(given: Sequence[Answer], task: Task) -> list[dict[str, Any]]:
-    """Krippendorff's alpha of every question, with the distance that suits its type; per response where it is."""
+    """Krippendorff's alpha of every question, with the distance that suits its type; per response where it is.
+
+    Rankings of different numbers of responses cannot be compared: each number has a row of its own. Of several answers
+    of one annotator to one item, as imports may hold, the first counts.
+    """
     from palate.feedback.agreement import krippendorff_alpha, rating_table
 
     rows = []
@@ -165,26 +170,27 @@ def agreement(given: Sequence[Answer], task: Task) -> list[dict[str, Any]]:
         distance, cells = _cells(question)
         if distance is None:
             continue
-        triples = [
-            (item, answer.annotator, value)
-            for answer in given
-            if question.id in answer.values
-            for item, value in cells(answer, answer.values[question.id])
-        ]
-        found = krippendorff_alpha(rating_table(triples).ratings, distance) if triples else None
-        rows.append(
-            {
-                "question": question.id,
-                "type": question.type,
-                "distance": distance,
-                "alpha": None if found is None else found.value,
-                "low": None if found is None else found.low,
-                "high": None if found is None else found.high,
-                "items": 0 if found is None else found.items,
-                "ratings": 0 if found is None else found.ratings,
-                "why": "no answers yet" if found is None else found.why if found.value is None else "",
-            }
-        )
+        cell: dict[tuple[Any, str], Any] = {}
+        for answer in given:
+            for item, value in cells(answer, answer.values[question.id]) if question.id in answer.values else ():
+                cell.setdefault((item, answer.annotator), value)
+        sizes = {len(value) for value in cell.values()} if distance == "ranking" else set()
+        for size in sorted(sizes) if len(sizes) > 1 else (None,):
+            triples = [(*key, value) for key, value in cell.items() if size is None or len(value) == size]
+            found = krippendorff_alpha(rating_table(triples).ratings, distance) if triples else None
+            rows.append(
+                {
+                    "question": question.id if size is None else f"{question.id} ({size} responses)",
+                    "type": question.type,
+                    "distance": distance,
+                    "alpha": None if found is None else found.value,
+                    "low": None if found is None else found.low,
+                    "high": None if found is None else found.high,
+                    "items": 0 if found is None else found.items,
+                    "ratings": 0 if found is None else found.ratings,
+                    "why": "no answers yet" if found is None else found.why if found.value is None else "",
+                }
+            )
     return rows
 
 

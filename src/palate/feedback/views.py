@@ -23,6 +23,7 @@ from palate.feedback.store import Store
 from palate.feedback.task import Task, Values
 
 ORDERING = ("rank", "compare", "rating", "accept")  # types of question that say which response is better
+IMPORTED = "import-"  # how the ids of imported presentations begin
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,11 @@ class Answer:
     seconds: float | None
     changed: bool
     place: str
+
+    @property
+    def sides_known(self) -> bool:
+        """``shown`` is what stood on the screen; of another tool's answer nobody knows, and it was drawn."""
+        return not self.presentation.startswith(IMPORTED)
 
 
 @dataclass

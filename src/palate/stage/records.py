@@ -89,7 +89,7 @@ def _read(config: RunConfig, where: str, kind: str, limit: int | None, origin: S
             pairs = read_records(
                 where, other, format=data.format, split=data.split, limit=limit, rename=data.rename or None
             )
-            return [comparison_to_ranking(pair) for pair in pairs if isinstance(pair, Comparison)]
+            return [pair if isinstance(pair, Ranking) else comparison_to_ranking(pair) for pair in pairs]  # type: ignore
         if kind == "judgements" and other in ("rankings", "comparisons"):
             found = read_records(
                 where, "comparisons", format=data.format, split=data.split, limit=limit, rename=data.rename or None

@@ -90,7 +90,7 @@ def _fixed(counts: Floats, d: Floats) -> Callable[[Floats], tuple[Floats, Floats
 
     def statistic(w: Floats) -> tuple[Floats, Floats, Floats]:
         n_c = w @ counts
-        return _alpha(w @ within, np.einsum("rc,rc->r", n_c @ d, n_c), n_c.sum(axis=1))
+        return _alpha(w @ within, np.einsum("rc,rc->r", n_c @ d, n_c), n_c.sum(axis=1), d.max(initial=0.0))
 
     return statistic
 
@@ -113,10 +113,11 @@ def _ordinal(counts: Floats) -> Callable[[Floats], tuple[Floats, Floats, Floats]
     return statistic
 
 
-def _alpha(within: Floats, across: Floats, n: Floats) -> tuple[Floats, Floats, Floats]:
+def _alpha(within: Floats, across: Floats, n: Floats, unit: float = 1.0) -> tuple[Floats, Floats, Floats]:
+    """From sums over items and over all answers; ``unit`` is the largest distance, which for numbers has any size."""
     observed, expected = within / n, across / (n * (n - 1))
     # relative to the number of answers: sums of squares of mid-ranks round
-    defined = across > 1e-9
+    defined = across > 1e-9 * unit
     return np.where(defined, 1 - observed / np.where(defined, expected, 1.0), np.nan), observed, expected
 
 

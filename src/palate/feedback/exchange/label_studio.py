@@ -305,10 +305,10 @@ def _order(value: Any, names: list[str]) -> list[list[int]] | None:
     if not isinstance(value, dict):
         return None
     buckets = {key: each for key, each in value.items() if key != "_" or len(value) == 1}
-    if len(buckets) == 1:
-        tiers = [[each] for each in next(iter(buckets.values()))]
-    elif all(_TIER.match(key) for key in buckets):
+    if all(_TIER.match(key) for key in buckets):  # of one, too: all are tied
         tiers = [buckets[key] for key in sorted(buckets, key=lambda key: int(key.removeprefix("tier_")))]
+    elif len(buckets) == 1:
+        tiers = [[each] for each in next(iter(buckets.values()))]
     else:
         return None  # named buckets ("relevant", "biased") have no order that the file tells
     if sorted(str(each) for tier in tiers for each in tier) != sorted(names):

@@ -28,8 +28,8 @@ from palate.feedback.questions import BadAnswer
 from palate.feedback.store import Store, Transaction
 from palate.feedback.tables import canonical_json
 from palate.feedback.task import Task, Values, task_of
+from palate.feedback.views import IMPORTED
 
-IMPORTED = "import-"  # how the ids of imported presentations begin
 UNKNOWN = "unknown"
 
 
@@ -74,7 +74,7 @@ class Judged:
         if self.time is not None and not isinstance(self.time, str):
             raise DataError(at(self.place, f"the time is {describe(self.time)}. Expected a text, ISO 8601."))
         try:
-            canonical_json([self.values, self.annotator, self.sources]).encode()
+            canonical_json([self.values, self.annotator, self.id, self.time, self.sources]).encode()
         except (TypeError, ValueError) as error:  # half a character, or NaN
             raise DataError(at(self.place, f"this judgement cannot be stored: {error}.")) from None
 
