@@ -132,6 +132,11 @@ def test_charts_wear_the_colours_of_the_page():
         assert f"{name}:" in dark
 
 
+def test_an_axis_says_its_whole_numbers():
+    chart = line_chart("Entropy", "nats", [Curve("train", [1, 2, 3], [8.7471, 8.7474, 8.7472])])
+    assert ">8.747" in chart and "+8.747" not in chart
+
+
 def test_charts_of_one_page_do_not_share_clip_paths():
     charts = [line_chart(t, "", [Curve("x", [0, 1], [0, 1])]) for t in ("One", "Two")]
     ids = [set(re.findall(r'<clipPath id="([^"]+)"', c)) for c in charts]

@@ -59,6 +59,7 @@ def line_chart(
         if level is not None:
             axes.axhline(level, color=_QUIET, lw=0.9, ls=(0, (4, 3)))
         axes.set_xlabel(across)
+        axes.yaxis.get_major_formatter().set_useOffset(False)  # 8.7473, not 0.0003 with a small +8.747 above
         if all(float(step).is_integer() for curve in curves for step in curve.steps):
             axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 1.5
         if len(curves) > 1:

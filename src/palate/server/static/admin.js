@@ -87,7 +87,7 @@ function agreement(found) {
   const number = (value) => value.toFixed(2);
   const rows = found.agreement.map((row) => h("tr", {},
     h("td", {}, row.question, " ", h("span", { class: "of" }, row.type)),
-    row.alpha === null ? h("td", { colspan: 2, class: "quiet" }, t("not_defined", { why: row.why })) : [
+    row.alpha === null ? h("td", { colspan: 2, class: "quiet" }, row.ratings ? t("not_defined", { why: row.why }) : t("no_answers")) : [
       h("td", { class: "n" }, h("b", {}, number(row.alpha))),
       h("td", {}, h("div", { class: "interval" }, interval(row.alpha, row.low, row.high, `${number(row.alpha)}, ${row.low === null ? "–" : `${number(row.low)}–${number(row.high)}`}`)),
         h("span", { class: "of" }, row.low === null ? "" : `${number(row.low)} – ${number(row.high)}`))],
