@@ -179,6 +179,16 @@ def test_the_server_s_socket_is_one_that_asyncio_sends_from_at_once() -> None:
         assert listening.proto == socket.IPPROTO_TCP
 
 
+def test_who_follows_the_printed_link_at_once_is_not_turned_away() -> None:
+    """The link is printed before the server is ready: until then the socket itself takes the connection."""
+    import socket
+
+    from palate.cli.label.serving import listen
+
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname(), timeout=5) as client:
+        assert client.getpeername() == listening.getsockname()
+
+
 def test_pictures_are_taken_in_with_the_records_that_name_them(tmp_path) -> None:
     image = pytest.importorskip("PIL.Image")
     (tmp_path / "pictures").mkdir()

@@ -127,7 +127,7 @@ def _announce(opened: Store, how: Serving, port: int, token: str | None, title: 
 
 
 def listen(host: str, port: int) -> Any:
-    """A listening socket: the port is known before anybody is told."""
+    """A listening socket: the port is known before anybody is told, and who comes before the server is ready waits."""
     import socket
 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -136,6 +136,7 @@ def listen(host: str, port: int) -> Any:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
+        listening.listen(2048)
     except OSError as error:
         listening.close()
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}. Choose another --port.") from None
