@@ -1,4 +1,4 @@
-"""Alarms on real runs of tiny models that are sabotaged: each is told what went wrong."""
+"""Alarms on real runs of tiny models: healthy ones are silent, and those that are sabotaged are told what went wrong."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ from tiny import tiny, tokenizer_of
 
 LETTERS = "abcdefghijklmnop"
 REWARDS = '''
+def share_of_a(prompts, responses):
+    """How much of the response is the letter a."""
+    return [r.split().count("a") / max(1, len(r.split())) for r in responses]
+
 def longer_is_better(prompts, responses):
     return [len(r.split()) / 4 for r in responses]
 
@@ -63,14 +67,15 @@ def sampling(
     reward: Any,
     rate: float,
     tokens: int = 24,
+    model: Path | None = None,
     **overrides: Any,
 ) -> Path:
     training = {"batch_size": 16, "max_steps": 30, "learning_rate": rate, "save_every": 0, "eval_every": 0}
     given = {"samples_per_prompt": 4} if method != "ppo" else {}
     return palate.train(
         method,
-        model=world / "base",
-        value=world / "base" if method == "ppo" else None,
+        model=model or world / "base",
+        value=(model or world / "base") if method == "ppo" else None,
         reward=reward,
         data={"train": world / "prompts.jsonl", "validation_fraction": 0.1},
         sampling={"max_new_tokens": tokens},
@@ -92,6 +97,35 @@ def alarms(run: Path) -> dict[str, dict[str, Any]]:
 def measured(run: Path, split: str = "train") -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["split"] == split]
+
+
+@pytest.fixture(scope="module")
+def taught(world: Path) -> Path:
+    """A model that answers with five random letters and ends there, as one that has been fine-tuned does."""
+    rng = random.Random(1)
+    with open(world / "fives.jsonl", "w") as file:
+        for _ in range(320):
+            prompt, response = (" ".join(rng.choices(LETTERS, k=n)) for n in (3, 5))
+            file.write(json.dumps({"prompt": prompt + " ", "response": response}) + "\n")
+    training = {"batch_size": 16, "epochs": 6, "learning_rate": 0.01, "eval_every": 0, "save_every": 0}
+    data = {"train": world / "fives.jsonl"}
+    run = palate.train("sft", model=world / "base", data=data, training=training, out=world / "sft", quiet=True)
+    return run / "model"
+
+
+@pytest.mark.parametrize(("method", "price"), [("ppo", 0.1), ("rloo", 0.1), ("grpo", 0.2)])
+def test_a_healthy_run_that_learns_is_silent(
+    world: Path, taught: Path, tmp_path: Path, method: str, price: float
+) -> None:
+    """Of sixteen letters one is paid for, at a price of distance that lets it come a few times as often. ``grpo`` makes every
+    score as large as the others, and so needs a higher price."""
+    reward = f"{world}/rewards.py:share_of_a"
+    run = sampling(world, tmp_path / "run", method, reward, 0.003, tokens=12, model=taught, method__kl_coef=price)
+    lines = measured(run)
+    begun, ended = (sum(line["score"] for line in part) / len(part) for part in (lines[:3], lines[-10:]))
+    assert ended > 1.3 * begun  # silent, but not for doing nothing
+    assert alarms(run) == {}
+    assert all(0 < line["diversity/distinct_2"] <= 1 for line in lines + measured(run, "validation"))
 
 
 def test_a_policy_that_nothing_holds_back_explodes_and_collapses(world: Path, tmp_path: Path) -> None:
