@@ -49,6 +49,8 @@ def test_from_responses_to_records_for_training(tmp_path, responses) -> None:
     }
     assert len(label("export", db, "--as", "rankings").splitlines()) == 4
     assert "intact" in label("verify", db)
+    unknown = label("export", db, "--as", "dpo", code=2)
+    assert "comparisons" in unknown and "preference" in unknown and "argilla" in unknown
 
 
 def test_a_store_that_another_process_holds_is_said_to_be_held(tmp_path, responses, monkeypatch) -> None:

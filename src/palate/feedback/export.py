@@ -62,7 +62,11 @@ def export(
         DataError: the file exists.
     """
     if kind not in KINDS:
-        raise ConfigError(f'nothing is exported as "{kind}". Expected one of: {", ".join(KINDS)}.')
+        from palate.feedback.exchange import EXPORTS  # which is built on this module
+
+        raise ConfigError(
+            f'nothing is exported as "{kind}". Expected one of: {", ".join(KINDS)}; or for other tools: {", ".join(EXPORTS)}.'
+        )
     if kind != "comparisons" and (consensus or margins is not None or (ties != "drop" and kind != "battles")):
         raise ConfigError(f"consensus, margins and ties are options of comparisons, not of {kind}.")
     if (histories != "same" and kind != "battles") or (least != 0.5 and kind != "signals"):
