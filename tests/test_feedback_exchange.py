@@ -299,6 +299,13 @@ def test_ddpo_weighs_the_changed_tokens(tiny_tokenizer: Any) -> None:
     assert [w == 5.0 for w in weights[:-1]] == [start < 5 and stop > 2 for start, stop in places]
 
 
+@pytest.mark.parametrize("kind", ["argilla", "label_studio"])
+def test_one_list_is_not_written_where_lines_are_expected(tmp_path: Path, full: Store, kind: str) -> None:
+    with pytest.raises(ConfigError, match=r"out\.jsonl.*one JSON list.*\.json"):
+        export_file(full, kind, tmp_path / "out.jsonl")
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_importing_a_file_again_adds_nothing(tmp_path: Path, full: Store) -> None:
     file = tmp_path / "out.json"
     export_file(full, "label_studio", file)

@@ -88,6 +88,8 @@ def export_file(
     """
     if kind not in EXPORTS:
         raise ConfigError(f'nothing is exported as "{kind}". Expected one of: {", ".join(EXPORTS)}.')
+    if kind in LISTS and Path(target).suffix in (".jsonl", ".ndjson"):
+        raise ConfigError(f"{target}: {kind} reads one JSON list, and no lines. Name the file .json.")
     if validation and str(target) == "-":
         raise ConfigError("a split needs two files. Name the first with --out.")
     settings = settings or Settings()
