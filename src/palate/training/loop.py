@@ -98,7 +98,8 @@ def train(run: Run) -> Iterator[Metrics]:
     if not run.items:
         raise DataError(f"{run.folder}: there is nothing to train on; the data gave no items.")
     total = run.settings.total_steps(len(run.items))
-    filters = getattr(run.rollout, "sampling", SamplingSettings()).filters
+    sampling: SamplingSettings | None = getattr(run.rollout, "sampling", None)
+    filters = () if sampling is None else sampling.filters
     check_ahead(run.settings, run.method, environment=hasattr(run.rollout, "environment"), filters=filters)
     if run.settings.rollouts_ahead:
         assert run.rollout is not None
