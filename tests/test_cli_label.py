@@ -72,6 +72,19 @@ def test_a_store_that_another_process_holds_is_said_to_be_held(tmp_path, respons
     assert "0 of 4 answers" in label("status", db)
 
 
+@pytest.mark.parametrize(("command", "sql"), [("label", "SELECT nothing"), ("methods", "BEGIN IMMEDIATE")])
+def test_a_bug_in_sql_and_another_s_database_are_not_told_as_the_store(tmp_path, monkeypatch, command, sql) -> None:
+    held = sqlite3.connect(tmp_path / "a.db", isolation_level=None)
+    held.execute("BEGIN IMMEDIATE")
+    other = sqlite3.connect(tmp_path / "a.db", isolation_level=None, timeout=0)
+    monkeypatch.setattr("palate.feedback.upkeep.status", lambda _: other.execute(sql))
+    monkeypatch.setattr("palate.lookup.method_names", lambda: other.execute(sql))
+    label("init", tmp_path / "feedback.db")
+    words = ["label", "status", str(tmp_path / "feedback.db")] if command == "label" else [command]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, sqlite3.OperationalError) and "the store of feedback" not in done.output
+
+
 def test_backup_verify_and_merge(tmp_path, responses) -> None:
     db, copy = tmp_path / "feedback.db", tmp_path / "copy.db"
     label("import", db, responses, "--task", "compare")

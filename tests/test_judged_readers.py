@@ -148,8 +148,11 @@ def test_a_prompt_under_another_name_is_not_taken_for_an_empty_one(tmp_path):
         "value": {"selected": "left"},
     }
     task = {"data": {"dialog": "q", "response_1": "a", "response_2": "b"}, "annotations": [{"result": [chosen]}]}
-    with pytest.raises(DataError, match="no prompt in the data. Found: 'dialog'"):
+    with pytest.raises(DataError, match='no prompt in the data. Found: \'dialog\'.* "prompt": "" says so'):
         read_file(file_of(tmp_path, task), "label_studio")
+    task["data"]["prompt"] = ""
+    (judged,) = read_file(file_of(tmp_path, task), "label_studio").judged
+    assert (judged.prompt, judged.responses) == ("", ("a", "b"))
 
 
 # --- what ended in a traceback ----------------------------------------------------------------------------------

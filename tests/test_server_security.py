@@ -8,6 +8,7 @@ import re
 import pytest
 from starlette.testclient import TestClient
 
+from arena_models import Parrot
 from feedback_stores import compare_task, make_store
 from palate.errors import ConfigError, DataError, FeedbackError
 from palate.feedback import people
@@ -16,11 +17,13 @@ from palate.feedback.task import template
 from palate.feedback.upkeep import status, verify
 from palate.server import auth, images, render
 from palate.server.app import make_app
+from palate.server.arena import Arena
 from palate.server.auth import access
 from palate.server.guard import Buckets, Limits
 from server_client import FREE, HOST, ORIGIN, answer, client, good, key, logged_in, next_item, store_in
 
 WRITES = ["login", "logout", "next", "answer", "undo", "skip", "flag", "adjudicate", "adjudicate/next", "admin/people"]
+JSON = {"content-type": "application/json"}
 READS = ["me", "admin/summary", "admin/people", "image/" + "0" * 64]
 
 
@@ -50,6 +53,22 @@ def test_nothing_is_written_without_a_session(tmp_path) -> None:
 @pytest.mark.parametrize("path", [f"/api/{name}" for name in READS])
 def test_nothing_is_read_without_a_session(tmp_path, path: str) -> None:
     assert client(store_in(tmp_path)).get(path).status_code == 401
+
+
+def test_every_route_there_is_asks_who_it_is(tmp_path) -> None:
+    """Also one that nobody thought of here: found in the application, not in a list."""
+    store = store_in(tmp_path)
+    app = make_app(store, access("127.0.0.1", 8765), FREE, Arena(store, [Parrot("a"), Parrot("b")]))
+    browser = TestClient(app, base_url=f"http://{HOST}", headers=ORIGIN)
+    paths = app.app.openapi()["paths"]  # type: ignore[attr-defined]
+    routes = {(verb, path) for path, verbs in paths.items() for verb in verbs if path.startswith("/api/")}
+    assert {f"/api/{name}" for name in WRITES} | {"/api/me", "/api/arena/turn", "/api/image/{name}"} <= set(paths)
+    open_to_all = {
+        (verb, path)
+        for verb, path in routes
+        if browser.request(verb, path.format(name="x"), content="{}", headers=JSON).status_code != 401
+    }
+    assert open_to_all == {("post", "/api/login"), ("post", "/api/logout")}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from palate.errors import ConfigError, PalateError
 
 _RESUMABLE = ("train", "run", "sweep")
+_WITH_A_STORE = ("label", "sample")
 _OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)  # no bug of anybody's
 
 
@@ -33,6 +34,8 @@ class Commands(TyperGroup):
             typer.echo(f"palate: {error}", err=True)
             raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
         except sqlite3.OperationalError as error:
+            if ctx.invoked_subcommand not in _WITH_A_STORE or not _of_the_file(error):
+                raise
             from palate.feedback.store import file_trouble
 
             typer.echo(f"palate: the store of feedback: {file_trouble(error)}", err=True)
@@ -51,6 +54,12 @@ class Commands(TyperGroup):
                 message += f" The same command resumes where it stopped:\n    {shlex.join(['palate', *sys.argv[1:]])}"
             typer.echo(message, err=True)
             raise typer.Exit(143 if isinstance(stopped, Terminated) else 130) from None
+
+
+def _of_the_file(error: sqlite3.OperationalError) -> bool:
+    """Is it the file, its lock or its disk? SQL that SQLite does not take has the same class, and is a bug."""
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR)  # its low byte; the others say more of the same
+    return code & 0xFF != sqlite3.SQLITE_ERROR
 
 
 def _said(otherwise: Any) -> Any:

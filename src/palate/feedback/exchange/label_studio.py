@@ -195,7 +195,10 @@ def _shown(
     names = pair if len(pair) == 2 else [key for key in fields if _RESPONSE.match(_plain(key))]
     if not name and PROMPT not in data and set(fields) - set(names):
         rest = ", ".join(map(repr, fields.keys() - set(names)))
-        raise DataError(f"{source}: no prompt in the data. Found: {rest}. Expected one of {', '.join(PROMPTS)}.")
+        raise DataError(
+            f"{source}: no prompt in the data. Found: {rest}. Expected one of {', '.join(PROMPTS)}; where there is none, "
+            '"prompt": "" says so.'
+        )
     if not names:
         raise DataError(
             f"{source}: data {', '.join(map(repr, data))}: which of them are responses? Expected names such as "
