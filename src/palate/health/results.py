@@ -88,7 +88,8 @@ def responses_cut(history: History) -> Alarm | None:
     remedies = []
     if "method.missing_eos_penalty" in history.settings:
         causes.append("a response without an end costs nothing, or too little (method.missing_eos_penalty)")
-        remedies.append("method.missing_eos_penalty=1, or missing_eos_score below what bad responses get")
+        other = ", or missing_eos_score below what bad responses get" * ("method.missing_eos_score" in history.settings)
+        remedies.append(f"method.missing_eos_penalty=1{other}")
     causes.append(f"the limit is too low (sampling.max_new_tokens = {limit:g})")
     remedies.append(f"sampling.max_new_tokens={2 * limit:g}")
     numbers = {"first": cut.before, "now": cut.now}
