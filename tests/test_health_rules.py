@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 from typing import Any
 
@@ -23,6 +24,19 @@ def test_a_healthy_run_is_silent_at_any_length(batches: int) -> None:
     course = {"score": RISING, "score__gold": RISING, "kl__reference": ramp(0, 8), "entropy": ramp(1.0, 0.6)}
     made = ran(batches, **course, length__response=ramp(30, 36), diversity__distinct_2=ramp(0.4, 0.33))
     assert [rule.__name__ for rule in RULES if rule(made) is not None] == []
+
+
+def test_chance_alone_raises_what_a_run_is_asked_about_at_every_batch_in_few_runs() -> None:
+    """100 runs that neither gain nor lose, of 60 batches of 16 responses whose scores scatter by 1, and preferences by 0.3."""
+    drawn, raised = random.Random(1), dict.fromkeys((results.score_falls, results.loses_to_opponent), 0)
+    for _ in range(100):
+        whole = ran(
+            60, 60, 0.0, score=lambda _: drawn.gauss(0, 0.25), preference__mixture=lambda _: drawn.gauss(0.5, 0.075)
+        )
+        for rule in raised:
+            parts = (History(60, PPO, whole.train[:batches]) for batches in range(20, 61))
+            raised[rule] += any(rule(part) is not None for part in parts)
+    assert max(raised.values()) <= 3
 
 
 def test_a_run_without_the_metrics_or_with_nan_in_them_is_silent() -> None:
