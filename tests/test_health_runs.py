@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import pytest
 import torch
 
 import palate
+from palate.config import load_config
 from palate.evaluation.diversity import distinct
 from palate.health import reward_model
 from palate.health.alarm import History
 from palate.models.load import save_model
+from palate.resolve import require_all
+from palate.settings_tree import flatten
 from palate.training.diversity import distinct_pairs
 from palate.types import Tokens
 from tiny import tiny, tokenizer_of
@@ -210,6 +214,19 @@ def test_overfitting_is_a_rise_beyond_three_standard_errors_of_the_held_out_loss
     assert "from 0.630 (step 10) to 0.750" in alarm.evidence and alarm.remedies[0] == "training.epochs=2"
     assert rule(judged([0.7, 0.63, 0.75], FALLING, 100)) is None  # fewer prompts say less
     assert rule(judged([0.7, 0.63, 0.67], FALLING, 10**6)) is None  # sure, and by nothing
+
+
+@pytest.mark.parametrize("method", ["reward", "reward_listwise", "reward_infonce"])
+@pytest.mark.parametrize("length", ["training.epochs=4", "training.max_steps=20"])
+def test_the_remedies_of_overfitting_are_settings_of_the_method(method: str, length: str) -> None:
+    given = ["model=base", "data.train=pairs.jsonl", "out=run", length]
+    settings = flatten(load_config(method, overrides=given).to_dict())
+    alarm = reward_model.reward_overfitting(judged([0.7, 0.63, 0.75], FALLING, 400, **settings))
+    assert alarm is not None
+    told = [text for remedy in alarm.remedies for text in re.findall(r"[a-z_.]+=[^\s,;]+", remedy)]
+    assert len(told) >= 3
+    for text in told:
+        require_all(load_config(method, overrides=[*given, text]))
 
 
 def test_what_is_no_overfitting() -> None:

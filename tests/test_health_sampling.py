@@ -3,125 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from made_runs import PPO, RISING, Course, asked, gold, ramp, ran
 from palate.health import collapse, kl, results, reward_hacking, updates
-from palate.health.alarm import Alarm, History
+from palate.health.alarm import History
 from palate.health.rewards import is_mastered, kinds, says_right_or_wrong, watched
-from palate.health.watch import RULES, alarmed
-from palate.training import log
-
-PPO = {
-    "method.name": "ppo",
-    "method.kl_coef": 0.05,
-    "method.adaptive_kl_target": None,
-    "method.kl_budget": None,
-    "method.target_kl": None,
-    "method.epochs": 4,
-    "method.minibatches": 1,
-    "method.clip": 0.2,
-    "method.entropy_coef": 0.0,
-    "method.missing_eos_penalty": 0.0,
-    "method.value_clip": 0.2,
-    "method.value_coef": 0.1,
-    "training.learning_rate": 3e-5,
-    "training.value_learning_rate": None,
-    "training.batch_size": 32,
-    "sampling.max_new_tokens": 64,
-    "sampling.temperature": 1.0,
-    "samples_per_prompt": 1,
-    "reward.judge.model": "runs/reward/model",
-    "reward.gold.function": "rules.py:gold",
-    "reward.gold.weight": 0,
-    "dtype": "float32",
-}
-HEALTHY = {
-    "score": 0.2,
-    "score/std": 1.0,
-    "score/gold": 0.5,
-    "kl/reference": 3.0,
-    "kl/old": 0.005,
-    "kl/sampler": 1e-9,
-    "clip_fraction": 0.05,
-    "entropy": 1.0,
-    "length/response": 30.0,
-    "length/no_eos": 0.02,
-    "diversity/distinct_2": 0.4,
-    "value/explained_variance": 0.6,
-}
-Course = float | Callable[[int], float]
-
-
-def ran(batches: int = 40, total: int = 40, noise: float = 0.02, settings: Any = None, **courses: Course) -> History:
-    """A run whose metrics are healthy but for those given, each a number or a function of the batch (from 0).
-
-    A ``/`` in a name is written ``__``. Noise is relative.
-    """
-    drawn = random.Random(0)
-    given = HEALTHY | {name.replace("__", "/"): course for name, course in courses.items()}
-    made = History(total, PPO if settings is None else settings)
-    for n in range(batches):
-        values = {name: course(n) if callable(course) else course for name, course in given.items()}
-        line = {name: value + noise * abs(value) * drawn.gauss(0, 1) for name, value in values.items()}
-        made.add({"step": n + 1, "split": "train", **line})
-    return made
-
-
-def ramp(start: float, end: float, over: int = 40, begins: int = 0) -> Callable[[int], float]:
-    return lambda n: start + (end - start) * min(1.0, max(0, n - begins) / (over - 1 - begins))
-
-
-RISING = ramp(0.0, 1.5)
-
-
-def asked(rule: Any, history: History) -> Alarm:
-    found: Alarm | None = rule(history)
-    assert found is not None and found.name == rule.__name__ and found.step == history.step
-    assert found.causes and found.remedies and all(isinstance(value, int | float) for value in found.numbers.values())
-    return found
-
-
-# -- all of them -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("batches", [1, 2, 9, 10, 11, 40])
-def test_a_healthy_run_is_silent_at_any_length(batches: int) -> None:
-    course = {"score": RISING, "score__gold": RISING, "kl__reference": ramp(0, 8), "entropy": ramp(1.0, 0.6)}
-    made = ran(batches, **course, length__response=ramp(30, 36), diversity__distinct_2=ramp(0.4, 0.33))
-    assert [rule.__name__ for rule in RULES if rule(made) is not None] == []
-
-
-def test_a_run_without_the_metrics_or_with_nan_in_them_is_silent() -> None:
-    for value in (float("nan"), float("inf")):
-        made = ran(**{name.replace("/", "__"): value for name in HEALTHY})
-        assert [rule.__name__ for rule in RULES if rule(made) is not None] == []
-    for n in range(60):
-        made.add({"step": n + 41, "split": "train", "loss": 1.0})
-    assert [rule.__name__ for rule in RULES if rule(made) is not None] == []
-
-
-def test_a_resumed_run_looks_at_the_batches_before_it_was_stopped(tmp_path: Any) -> None:
-    """The first batch, with which is compared, was drawn before the stop; the alarm comes at the same step, once."""
-    lines = ran(score=RISING, length__response=ramp(30, 90), score__gold=0.5).train
-    whole: list[int] = []
-
-    def run(folder: Any, first: int, last: int) -> Any:
-        for line in lines[first:last]:
-            log.append(folder, "metrics.jsonl", line)
-            yield line
-
-    for name, stop in (("whole", 40), ("early", 7), ("late", 38)):
-        (tmp_path / name).mkdir()
-        for first, last in ((0, stop), (stop, 40)):
-            stream = run(tmp_path / name, first, last)
-            list(alarmed(stream, tmp_path / name, History(40, PPO), lambda _: None, [reward_hacking.length_hacking]))
-        steps = [entry["step"] for entry in log.read(tmp_path / name, "alarms.jsonl")]
-        whole = whole or steps
-        assert len(steps) == 1 and steps == whole
-
 
 # -- the distance to the reference -----------------------------------------------------------------------------------
 
@@ -185,11 +74,6 @@ def test_sampler_and_trainer_may_differ_by_rounding() -> None:
 
 
 # -- reward hacking --------------------------------------------------------------------------------------------------
-
-
-def gold(best: float, end: float) -> Callable[[int], float]:
-    """From 0 up to its best at the 20th batch, then down."""
-    return lambda n: best * n / 19 if n < 20 else best + (end - best) * (n - 19) / 20
 
 
 def test_gold_that_comes_down_from_its_best_while_the_score_rises() -> None:
@@ -308,6 +192,15 @@ def test_a_policy_that_knows_the_right_answer_is_sure_of_it_and_has_not_collapse
     share = ramp(0.3, 0.95)
     right: dict[str, Course] = {"score": share, "score__std": lambda n: (share(n) * (1 - share(n))) ** 0.5}
     assert rule(ran(settings={}, **sure, **right)) is None
+    alike: dict[str, Course] = {"diversity__distinct_2": ramp(0.4, 0.05, over=25), "noise": 0.0}
+    assert rule(ran(settings={}, **alike, **right)) is None  # "The answer is 12."
+    half: dict[str, Course] = {"score": 0.3, "score__std": 0.21**0.5}
+    assert rule(ran(settings={}, **alike, **half)) and rule(
+        ran(settings={}, **sure, **half)
+    )  # alike, and no more right
+    mastered: dict[str, Course] = {"score": 0.95, "score__std": (0.95 * 0.05) ** 0.5}
+    assert rule(ran(settings={}, **sure, **mastered)) is None
+    assert rule(ran(entropy=0.0)) is None  # as sure as in the beginning
 
 
 def test_entropy_that_rises_without_a_better_score() -> None:
@@ -339,6 +232,7 @@ def test_nothing_to_learn_from_scores_that_are_all_the_same() -> None:
     assert "tell the responses apart" in asked(rule, ran(score__std=lambda n: 1.0 if n < 5 else 0.0)).causes[0]
     assert asked(rule, ran(score__std=0.0))  # from the start
     assert rule(ran(score__std=ramp(1.0, 0.1))) is None
+    assert rule(ran(score__std=lambda n: 0.5 if n else float("nan"))) is None
 
 
 def test_what_a_reward_is_made_of_is_read_from_the_settings() -> None:
@@ -350,8 +244,10 @@ def test_what_a_reward_is_made_of_is_read_from_the_settings() -> None:
     assert kinds(both) == {"model"} and watched(both) == ["gold"]
     assert kinds(of(**{"a.ensemble": ["b", "c"], "brief.length": -0.1})) == {"ensemble", "length"}
     assert watched(History(10)) == ["gold"]  # a loop of one's own
+    assert kinds(History(10, {"reward": len})) == set()  # and a function in it
     bonus = of(**{"right.check": "number", "form.check": "regex", "form.weight": 0.2})
     assert says_right_or_wrong(bonus, [])
+    assert not says_right_or_wrong(of(length=0.1), [])  # no length is right
     assert is_mastered(bonus, [{"score": 1.1}]) and not is_mastered(bonus, [{"score": 1.0}])
 
 
@@ -379,7 +275,8 @@ def test_a_value_model_that_foresees_nothing() -> None:
     rule = updates.value_not_learning
     alarm = asked(rule, ran(value__explained_variance=-0.3))
     assert "method.value_clip=null" in alarm.remedies and "training.value_learning_rate=9e-05" in alarm.remedies[0]
-    assert rule(ran(19, value__explained_variance=-0.3)) is None  # half of 40 batches is not done
+    assert rule(ran(29, value__explained_variance=-0.3)) is None  # a new value model takes a few dozen batches
+    assert rule(ran(49, 100, value__explained_variance=-0.3)) is None  # half of the run is not done
     assert rule(ran(30, value__explained_variance=lambda n: -9.0 if n < 12 else 0.2)) is None  # it took a while
     assert rule(ran(value__explained_variance=lambda n: -50.0 if n % 4 == 0 else 0.4)) is None  # single batches
     assert rule(ran(value__explained_variance=0.0)) is None  # the returns are all equal: nothing to foresee

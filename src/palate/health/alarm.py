@@ -6,7 +6,7 @@ A rule is a pure function ``rule(history) -> Alarm | None`` of the metrics so fa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -48,6 +48,7 @@ class History:
         settings: by dotted key; a key that the method has not is not there.
         train, held_out: lines of ``metrics.jsonl``, a batch and an evaluation each.
         prompts_held_out: what an evaluation is measured on; 0 = not known, and rules that must know it say nothing.
+        is_due: rules are to be asked now: after an evaluation, the last batch, and as often as a tenth of a window is new.
     """
 
     total: int
@@ -55,9 +56,14 @@ class History:
     train: list[Line] = field(default_factory=list)
     held_out: list[Line] = field(default_factory=list)
     prompts_held_out: int = 0
+    is_due: bool = False
+    _averages: dict[tuple[str, int], Average | None] = field(default_factory=dict, repr=False, compare=False)
 
     def add(self, line: Line) -> None:
-        (self.train if line.get("split", "train") == "train" else self.held_out).append(line)
+        lines = self.train if line.get("split", "train") == "train" else self.held_out
+        lines.append(line)
+        pace = max(1, self.window // 10)
+        self.is_due = lines is self.held_out or len(self.train) % pace == 0 or len(self.train) >= self.total
 
     @property
     def step(self) -> int:
@@ -84,6 +90,20 @@ class History:
         Rules are asked at every line, and most are about metrics that a method has not.
         """
         return having(self.recent, *names) if any(has([line], *names) for line in self.train[-3:]) else []
+
+    def in_windows(self, name: str) -> Iterator[tuple[Sequence[Line], Average]]:
+        """Window by window what is before the recent batches, and the metric's average; windows without it are left out.
+
+        A whole window changes no more, and is averaged once: a long run has many.
+        """
+        width = self.window
+        for start in range(0, len(self.train) - 2 * width + 1, width):
+            if (name, start) not in self._averages:
+                lines = self.train[start : start + width]
+                self._averages[name, start] = average(lines, name) if has(lines, name) else None
+            found = self._averages[name, start]
+            if found is not None:
+                yield self.train[start : start + width], found
 
     def under_way(self, parts: int) -> bool:
         """A whole window is there, and one of so many parts of the run is done."""

@@ -5,6 +5,7 @@ The thresholds are conventions, written beside each rule and in docs/health.md; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,12 +26,13 @@ def mode_collapse(history: History) -> Alarm | None:
 
     Alarm, in the mean of the recent batches against the first one: at most half as many different pairs of neighbouring tokens,
     as a share of all pairs and as their number (longer responses lower the share, shorter ones the number); or an entropy of a
-    tenth, but not where answers are right or wrong: there a policy that knows the answer is sure of it.
+    tenth. Not where answers are right or wrong and more are right, or nearly all: a policy that knows them is sure of them, and
+    gives them in one form.
     """
     variety, entropy = _variety(history), since_start(history, "entropy")
     alike = variety is not None and max(variety.now / variety.before, variety.number) <= ALIKE
-    sure = entropy is not None and entropy.now <= SURE_OF_ITSELF * entropy.before
-    if not alike and (not sure or says_right_or_wrong(history, history.recent)):
+    sure = entropy is not None and entropy.fell and entropy.now <= SURE_OF_ITSELF * entropy.before
+    if not (alike or sure) or _knows(history):
         return None
     numbers: dict[str, float] = {}
     told = []
@@ -57,6 +59,13 @@ def mode_collapse(history: History) -> Alarm | None:
     causes.append("a few phrases score well after every prompt: the reward does not read the prompt")
     remedies.append("an earlier checkpoint")
     return Alarm("mode_collapse", history.step, evidence, numbers, causes, remedies)
+
+
+def _knows(history: History) -> bool:
+    """Has the policy learnt right answers, or had it learnt them before?"""
+    score = since_start(history, "score")
+    learnt = score is not None and score.rose and says_right_or_wrong(history, history.recent)
+    return learnt or is_mastered(history, history.recent)
 
 
 class _Variety(NamedTuple):
@@ -127,8 +136,8 @@ def nothing_to_learn(history: History) -> Alarm | None:
         )
         limit = f"{100 * EQUAL:.0f} %"
     else:
-        first = history.train[0].get("score/std", 0.0)
-        if std > NO_SPREAD * first:
+        first = history.train[0].get("score/std", math.nan)
+        if not std <= NO_SPREAD * first:  # nor where it is not known
             return None
         what, limit = (
             f"scores have a standard deviation of {std:.2g} (first batch: {first:.2g})",
@@ -158,7 +167,9 @@ def _why_equal(history: History, lines: Sequence[Line], score: float) -> tuple[l
         remedies.append(f"a higher sampling.temperature (it is {temperature:g})")
     if "samples_per_prompt" in history.settings and "groups/all_equal" in lines[-1]:
         causes.append(f"too few responses to a prompt (samples_per_prompt = {copies:g})")
-        remedies.append(f"samples_per_prompt={2 * copies:g}; another method: dapo, which draws others in their place")
+        remedies.append(f"samples_per_prompt={2 * copies:g}")
+        if history.settings.get("method.name") != "dapo":
+            remedies.append("another method: dapo, which draws others in their place")
     return causes, remedies
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from palate.health.alarm import SURE, Alarm, History, average, has, having, since_start
 from palate.health.leash import held_loosely
 
+SURER = 5.0  # standard errors, estimated from ten batches and looked at after each: chance takes one beyond 3 in one run of ten
 WORSE = 0.2  # of a response's standard deviation of scores
 LOSES = 0.03  # of a probability, below 1/2
 CUT = 0.5  # share of responses
@@ -18,7 +19,7 @@ AT_BOUND = 0.99  # of the largest multiplier
 def score_falls(history: History) -> Alarm | None:
     """Training makes the responses worse by the very reward that it maximises.
 
-    Alarm: after a third of the run the mean score of the recent batches is lower than that of the first ones, by 3 standard
+    Alarm: after a third of the run the mean score of the recent batches is lower than that of the first ones, by 5 standard
     errors and by a fifth of the standard deviation of a response's score. Not of ``ppo_lagrangian``, whose score is weighed
     anew in every batch.
     """
@@ -33,7 +34,7 @@ def score_falls(history: History) -> Alarm | None:
     begun, now = average(early, "score"), average(late, "score")
     std = average(early, "score/std").mean
     error = (begun.error**2 + now.error**2) ** 0.5
-    if begun.mean - now.mean <= max(SURE * error, WORSE * std):
+    if begun.mean - now.mean <= max(SURER * error, WORSE * std):
         return None
     evidence = (
         f"the score is {now.mean:.3g} +- {now.error:.2g} in the last {len(late)} batches and was {begun.mean:.3g} +- {begun.error:.2g} "
@@ -48,13 +49,13 @@ def score_falls(history: History) -> Alarm | None:
 def loses_to_opponent(history: History) -> Alarm | None:
     """The policy is preferred less often than the reference (``xpo``) or the mixture with it (``nash_md``) that it began as.
 
-    Alarm: after a third of the run the mean preference over the recent batches is below 0.47, and by 3 standard errors below 0.5.
+    Alarm: after a third of the run the mean preference over the recent batches is below 0.47, and by 5 standard errors below 0.5.
     """
     for name, opponent in (("preference/reference", "the reference"), ("preference/mixture", "the mixture")):
         if not history.under_way(3) or not has(history.recent, name):
             continue
         wins, error = average(history.recent, name)
-        if wins >= 0.5 - max(LOSES, SURE * error):
+        if wins >= 0.5 - max(LOSES, SURER * error):
             continue
         evidence = (
             f"{name} is {wins:.3f} +- {error:.2g} in the last {len(history.recent)} batches (alarm at {0.5 - LOSES:g}): {opponent} is "
@@ -88,7 +89,8 @@ def responses_cut(history: History) -> Alarm | None:
     remedies = []
     if "method.missing_eos_penalty" in history.settings:
         causes.append("a response without an end costs nothing, or too little (method.missing_eos_penalty)")
-        remedies.append("method.missing_eos_penalty=1, or missing_eos_score below what bad responses get")
+        other = ", or missing_eos_score below what bad responses get" * ("method.missing_eos_score" in history.settings)
+        remedies.append(f"method.missing_eos_penalty=1{other}")
     causes.append(f"the limit is too low (sampling.max_new_tokens = {limit:g})")
     remedies.append(f"sampling.max_new_tokens={2 * limit:g}")
     numbers = {"first": cut.before, "now": cut.now}

@@ -62,15 +62,14 @@ class _Best(NamedTuple):
 
 def _best(history: History, metric: str) -> _Best | None:
     """Before the recent batches; None where the metric is not there, or nothing is before them."""
-    change, width, train = since_start(history, metric), history.window, history.train
-    if change is None or not has(train, metric):
+    change = since_start(history, metric)
+    if change is None or not has(history.recent, metric):
         return None
-    found = _Best(metric, train[:1], Average(change.before, change.noise / SURE), change.before, False)
-    for n in range(0, len(train) - 2 * width + 1, width):
-        there = average(train[n : n + width], metric)
+    found = _Best(metric, history.train[:1], Average(change.before, change.noise / SURE), change.before, False)
+    for lines, there in history.in_windows(metric):
         if there.mean > found.there.mean:
-            rose = there.mean - change.before > SURE * there.error * math.sqrt(1 + width)
-            found = _Best(metric, train[n : n + width], there, change.before, rose)
+            rose = there.mean - change.before > SURE * there.error * math.sqrt(1 + len(lines))
+            found = _Best(metric, lines, there, change.before, rose)
     return found
 
 
@@ -197,8 +196,9 @@ def length_hacking(history: History) -> Alarm | None:
         causes.append(f"leaving the reference is cheap ({key} = {value:g})")
         remedies.append(f"{key}={max(0.05, 2 * value):g}")
     unfinished = history.seen("length/no_eos")
-    if times > 1 and unfinished and average(unfinished, "length/no_eos").mean > 0.1:
-        causes.append("responses that never end are not charged (method.missing_eos_penalty)")
+    charged = "method.missing_eos_penalty"
+    if times > 1 and unfinished and average(unfinished, "length/no_eos").mean > 0.1 and not history.get(charged, 1.0):
+        causes.append(f"responses that never end are not charged ({charged} = 0)")
         remedies.append("method.missing_eos_penalty=1")
     remedies.append(
         "the reward model trained again on pairs of like length; its evaluation.json says how far it goes by length"

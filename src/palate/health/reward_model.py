@@ -6,6 +6,7 @@ The thresholds are conventions, written beside each rule and in docs/health.md; 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from palate.health.alarm import SURE, Alarm, History, Line, average, has, having
@@ -33,8 +34,10 @@ def reward_overfitting(history: History) -> Alarm | None:
     best, now = min(held[:-1], key=lambda line: float(line[name])), held[-1]
     rise = now[name] - best[name]
     limit = max(RISE, SURE * now[name] / math.sqrt(history.prompts_held_out))
+    if rise <= limit:
+        return None
     before, since = _around(history, name, int(best["step"]))
-    if rise <= limit or not before or not since or average(since, name).mean >= average(before, name).mean:
+    if not before or not since or average(since, name).mean >= average(before, name).mean:
         return None
     trained = average(since, name).mean
     numbers = {
@@ -60,8 +63,8 @@ def reward_overfitting(history: History) -> Alarm | None:
 
 def _around(history: History, name: str, step: int) -> tuple[Sequence[Line], Sequence[Line]]:
     """Training batches up to a step and since then, a window of each at most; before the first step the first batch counts."""
-    before = [line for line in history.train if line["step"] <= max(1, step)][-history.window :]
-    since = [line for line in history.train if line["step"] > max(1, step)][-history.window :]
+    there = bisect_right(history.train, max(1, step), key=lambda line: int(line["step"]))
+    before, since = history.train[max(0, there - history.window) : there], history.train[there:][-history.window :]
     return having(before, name), having(since, name)
 
 

@@ -23,6 +23,8 @@ def parts(history: History) -> dict[str, Mapping[str, Any]]:
     if whole is None:
         whole = _nested(history.settings)
     whole = long_form(whole)
+    if not isinstance(whole, Mapping):  # a function, in a loop of one's own
+        return {}
     if kind_of(whole) is not None:
         return {"": whole}
     named = {name: long_form(part) for name, part in whole.items()}
@@ -65,11 +67,11 @@ def is_learned(history: History) -> bool:
 
 
 def says_right_or_wrong(history: History, lines: Sequence[Line]) -> bool:
-    """Is there a right answer: do checks alone give the score, or is every score 0 or 1?
+    """Is there a right answer: do checks (and a price of length) give the score, or is every score 0 or 1?
 
     Zeros and ones of mean m have the variance m (1 - m), and nothing else within [0, 1] has so much.
     """
-    if kinds(history) and kinds(history) <= CHECKED:
+    if "check" in kinds(history) and kinds(history) <= CHECKED:
         return True
     lines = having(lines, "score", "score/std")
     gaps = [line["score/std"] ** 2 - line["score"] * (1 - line["score"]) for line in lines]

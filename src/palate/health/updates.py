@@ -82,13 +82,13 @@ def samples_too_old(history: History) -> Alarm | None:
 def value_not_learning(history: History) -> Alarm | None:
     """The value model foresees nothing: advantages are noisier than without it.
 
-    Alarm, after half of the run and twice as many batches as are looked at, for a new value model takes a few dozen to begin:
+    Alarm, after half of the run and three times as many batches as are looked at, for a new value model takes a few dozen to begin:
     value/explained_variance is 0 or less in half of the recent batches (a single one can be far below 0). A batch whose returns
     are all equal has 0 exactly, and is not counted.
     """
     lines = history.seen("value/explained_variance")
     known = sorted(line["value/explained_variance"] for line in lines if line["value/explained_variance"] != 0)
-    if not history.under_way(2) or len(history.train) < 2 * history.window or len(known) <= history.window // 2:
+    if not history.under_way(2) or len(history.train) < 3 * history.window or len(known) <= history.window // 2:
         return None
     middle = known[len(known) // 2]
     if middle > 0:

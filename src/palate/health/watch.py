@@ -1,4 +1,4 @@
-"""Rules asked at every line of a run's metrics; each alarm is raised once, in ``alarms.jsonl`` and aloud."""
+"""Rules asked as a run's metrics come; each alarm is raised once, in ``alarms.jsonl`` and aloud."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ def alarmed(
 ) -> Iterator[Metrics]:
     """The same metrics; what goes wrong is written and said when it is first seen.
 
+    A rule that fails is said to, once, and not asked again: it must not end the training that it watches.
+
     Args:
         stream: from the loop, which has cut the run's files back to its checkpoint and written a line when it yields it. An
             alarm is written before the loop goes on, so a checkpoint knows of it: a resumed run raises the same alarms.
@@ -47,8 +49,15 @@ def alarmed(
                 history.add(line)
         else:
             history.add(metrics)
-        for rule in rules:
-            alarm = None if rule.__name__ in raised else rule(history)
+        for rule in rules if history.is_due else ():
+            if rule.__name__ in raised:
+                continue
+            try:
+                alarm = rule(history)
+            except Exception as error:  # noqa: BLE001  # whatever it was: training goes on
+                raised.add(rule.__name__)
+                say(f"The rule {rule.__name__} failed and is not asked again ({type(error).__name__}: {error}).")
+                continue
             if alarm is not None:
                 raised.add(alarm.name)
                 log.append(folder, FILE, alarm.entry())
