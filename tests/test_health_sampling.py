@@ -69,7 +69,9 @@ def test_sampler_and_trainer_may_differ_by_rounding() -> None:
     assert rule(ran(kl__sampler=lambda n: 1.0 if n == 38 else 0.0)) is None
     bfloat16 = PPO | {"dtype": "bfloat16", "engine": "vllm"}
     assert rule(ran(kl__sampler=1e-2, settings=bfloat16)) is None
-    assert asked(rule, ran(kl__sampler=0.1, settings=bfloat16)).remedies[0] == "engine=embedded"
+    assert asked(rule, ran(kl__sampler=0.1, settings=bfloat16)).remedies == ["engine=embedded", "dtype=float32"]
+    by_trainer = PPO | {"training.old_logprobs": "trainer"}
+    assert "training.old_logprobs=trainer" not in asked(rule, ran(kl__sampler=1e-3, settings=by_trainer)).remedies
     assert rule(ran(kl__sampler=1e-3, settings=PPO | {"training.rollouts_ahead": 1})) is None  # one update behind
 
 

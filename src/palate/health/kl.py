@@ -99,11 +99,15 @@ def sampler_disagrees(history: History) -> Alarm | None:
         "sampler does not draw from the policy that is trained."
     )
     causes = [f"the sampler computes otherwise than the trainer (engine = {engine}, dtype = {dtype})"]
-    remedies = ["training.old_logprobs=trainer"]
-    if engine != "embedded":
-        remedies.insert(0, "engine=embedded")
+    remedies = []
+    if engine != "embedded":  # whose log-probs the trainer computes by itself
+        remedies.append("engine=embedded")
+    elif history.settings.get("training.old_logprobs") != "trainer":
+        remedies.append("training.old_logprobs=trainer")
     if dtype != "float32":
         remedies.append("dtype=float32")
+    if not remedies:
+        remedies.append("a report of the model's build: in float32 the embedded sampler should agree up to rounding")
     return Alarm("sampler_disagrees", history.step, evidence, {"kl": least, "limit": limit}, causes, remedies)
 
 

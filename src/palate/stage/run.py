@@ -228,9 +228,9 @@ def _check_held_out(config: RunConfig, items: Sides) -> None:
 
 def _say_what_truncates(config: RunConfig, say: Say) -> None:
     """Filters of the sampler make another distribution than the one whose log-probabilities are trained."""
-    if config.sampling.filters:
+    if on := config.sampling.filters:
         say(
-            f"warning: {', '.join(config.sampling.filters)} cuts the distribution that responses are drawn from, but not the one that is trained: "
+            f"warning: {', '.join(on)} cuts the distribution that responses are drawn from, but not the one that is trained: "
             "log-probabilities are of the whole softmax, and the KL may come out negative. Leave it out in training."
         )
 
